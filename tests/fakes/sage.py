@@ -1,0 +1,112 @@
+"""SageAttention 1.0.6 and 2.2: forward only, no quantisation error, all their argument traps."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from contracts import FunctionContract
+from fakes.attention import attend, band, packed
+
+_ACCUMULATORS = {
+    "sageattn_qk_int8_pv_fp16_cuda": ("fp32", "fp16", "fp16+fp32"),
+    "sageattn_qk_int8_pv_fp8_cuda": ("fp32", "fp32+fp32", "fp32+fp16"),
+    "sageattn_qk_int8_pv_fp8_cuda_sm90": ("fp32+fp32",),
+}
+
+
+@torch.no_grad()
+def sage_1(contract: FunctionContract, record: str, call: SimpleNamespace) -> Tensor:
+    """SageAttention 1.0.6: no LSE, and ``k -= k.mean()`` on the caller's tensor."""
+    _check(call, (torch.float16, torch.bfloat16, torch.float32))
+    varlen = contract.name == "sageattn_varlen"
+    dims = (64, 128) if varlen else (64, 96, 128)
+    if any(tensor.shape[-1] not in dims for tensor in (call.q, call.k, call.v)):
+        raise AssertionError(f"headdim should be in {dims}")
+    if call.smooth_k:
+        sequence = 0 if varlen else 1 if call.tensor_layout == "NHD" else 2
+        call.k -= call.k.mean(dim=sequence, keepdim=True)
+    return _varlen(call) if varlen else _dense(call)[0]
+
+
+@torch.no_grad()
+def sage_2(contract: FunctionContract, record: str, call: SimpleNamespace) -> object:
+    """SageAttention 2.2.0: grouped heads together with ``return_lse`` fail inside, except where there is one group."""
+    _check(call, (torch.float16, torch.bfloat16))
+    if contract.name == "sageattn_varlen":
+        if call.q.shape[-1] > 128:
+            raise ValueError(f"Unsupported head_dim: {call.q.shape[-1]}")
+        return _varlen(call)
+    if call.q.shape[-1] > 128 or call.v.shape[-1] != call.q.shape[-1]:
+        raise ValueError(f"Unsupported head_dim: {call.q.shape[-1]} / {call.v.shape[-1]}")
+    allowed = getattr(call, "pv_accum_dtype", None)
+    if allowed is not None and allowed not in _ACCUMULATORS[contract.name]:
+        raise AssertionError(f"pv_accum_dtype={allowed}")
+    if getattr(call, "qk_quant_gran", "per_warp") not in ("per_warp", "per_thread"):
+        raise AssertionError(f"qk_quant_gran={call.qk_quant_gran}")
+    if call.return_lse and getattr(call, "smooth_k", True):
+        _lse_correction(call)
+    out, lse = _dense(call)
+    return (out, lse) if call.return_lse else out
+
+
+def _lse_correction(call: SimpleNamespace) -> Tensor:
+    """The product of q and the mean key as the 2.2.0 tag forms it: the head axis is taken to be axis 1."""
+    sequence = 1 if call.tensor_layout == "NHD" else 2
+    mean = call.k.mean(dim=sequence, keepdim=True)
+    ratio = call.q.shape[2] // call.k.shape[2]
+    if ratio > 1:
+        mean = mean.repeat_interleave(ratio, dim=1)
+    query = call.q
+    if call.tensor_layout == "NHD":
+        query, mean = query.transpose(1, 2), mean.transpose(1, 2)
+    return query @ mean.transpose(2, 3)
+
+
+def _dense(call: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    if call.tensor_layout not in ("NHD", "HND"):
+        raise ValueError(f"tensor_layout {call.tensor_layout} not supported")
+    tensors = [call.q, call.k, call.v]
+    if call.tensor_layout == "NHD":
+        tensors = [tensor.transpose(1, 2) for tensor in tensors]
+    query, key, value = tensors
+    mask = getattr(call, "attn_mask", None)
+    allowed = bias = None
+    if call.is_causal:
+        if mask is not None:
+            raise AssertionError("Mask should be None for causal attention.")
+        if query.shape[2] != key.shape[2]:
+            raise AssertionError("is_causal is only defined for equal lengths")
+        allowed = band(query.shape[2], key.shape[2], -1, 0)
+    if mask is not None:
+        if mask.dtype not in (torch.bool, query.dtype):
+            raise AssertionError("attn_mask must be of dtype bool or the same dtype as q.")
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+        allowed, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
+    out, lse = attend(query, key, value, scale=_scale(call), allowed=allowed, bias=bias)
+    return (out.transpose(1, 2) if call.tensor_layout == "NHD" else out), lse
+
+
+def _varlen(call: SimpleNamespace) -> Tensor:
+    def one_sequence(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if call.is_causal and query.shape[2] != key.shape[2]:
+            raise AssertionError("is_causal is only defined for equal lengths")
+        allowed = band(query.shape[2], key.shape[2], -1, 0) if call.is_causal else None
+        return attend(query, key, value, scale=_scale(call), allowed=allowed)
+
+    starts = call.cu_seqlens_q, call.cu_seqlens_k
+    return packed(call.q, call.k, call.v, *starts, call.max_seqlen_q, call.max_seqlen_k, one_sequence)[0]
+
+
+def _scale(call: SimpleNamespace) -> float:
+    return call.q.shape[-1] ** -0.5 if call.sm_scale is None else call.sm_scale
+
+
+def _check(call: SimpleNamespace, dtypes: tuple[torch.dtype, ...]) -> None:
+    tensors = call.q, call.k, call.v
+    if any(tensor.dtype not in dtypes or tensor.dtype != call.q.dtype for tensor in tensors):
+        raise AssertionError(f"All tensors must have the same dtype, out of {dtypes}")
+    if any(tensor.stride(-1) != 1 for tensor in tensors):
+        raise AssertionError("Last dim of qkv must be contiguous.")
