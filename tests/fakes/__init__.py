@@ -2,7 +2,8 @@
 
 A fake has the recorded signature, refuses what the vendor refuses (unknown or missing arguments, dtypes, layouts, head
 dimensions) and computes with plain float64 math in the vendor's own layout, causal alignment, mask polarity and LSE
-convention. Where the vendor surprises, so does the fake: arguments swallowed by ``**kwargs``, keys centred in place, +inf for the LSE of an empty row, rows it never writes.
+convention. Where the vendor surprises, so does the fake: arguments swallowed by ``**kwargs``, keys centred in place,
++inf for the LSE of an empty row, rows it never writes.
 
 ``installed("flash_attn-2.8.3")`` makes one importable; ``kernel_repository`` builds a Hub kernel out of one.
 """
