@@ -1,0 +1,240 @@
+"""FlexAttention: masks and causal masking become a BlockMask built once per mask object, bias and softcap a score_mod.
+
+On accelerators the kernel is compiled once per kind of call. On CPU it runs unfused by default, because compiling
+C++ takes longer than most CPU calls (``ATTENTION_DISPATCH_FLEX_COMPILE=1`` compiles there too).
+https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from .. import settings
+from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
+from ..capabilities import Capabilities
+from ..masks import derived
+from ..registry import Backend
+
+_MASKS = frozenset({"key_padding", "bool", "bias", "block"})
+_MAX_STRUCTURAL_MASKS = 64
+
+
+def _causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q >= k
+
+
+def _window(left: int, right: int) -> Callable[..., Tensor]:
+    if left < 0:
+        return lambda b, h, q, k: k <= q + right
+    if right < 0:
+        return lambda b, h, q, k: k >= q - left
+    return lambda b, h, q, k: (k >= q - left) & (k <= q + right)
+
+
+def _padding(keep: Tensor) -> Callable[..., Tensor]:
+    if keep.shape[0] == 1:
+        return lambda b, h, q, k: keep[0, k]
+    return lambda b, h, q, k: keep[b, k]
+
+
+def _broadcast_index(tensor: Tensor) -> Callable[..., Tensor]:
+    """``tensor[b, h, q, k]`` for a 4-D tensor whose dimensions of size 1 are read at 0."""
+    batch, heads, rows = (tensor.shape[dim] > 1 for dim in (0, 1, 2))
+
+    def read(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return tensor[b if batch else 0, h if heads else 0, q if rows else 0, k]
+
+    return read
+
+
+def _both(first: Callable[..., Tensor], second: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda b, h, q, k: first(b, h, q, k) & second(b, h, q, k)
+
+
+def _structure(call: AttentionCall) -> Callable[..., Tensor] | None:
+    """mask_mod of causal masking and window; None if there is neither."""
+    mod = _causal if call.is_causal else None
+    if call.window_size != FULL_WINDOW:
+        window = _window(*call.window_size)
+        mod = window if mod is None else _both(mod, window)
+    return mod
+
+
+_structural: OrderedDict[Any, BlockMask] = OrderedDict()
+_structural_lock = threading.Lock()
+
+
+def _block_mask(call: AttentionCall) -> BlockMask | None:
+    structure = _structure(call)
+    mask = call.mask
+    device = call.query.device
+    q_len, k_len = call.query.shape[1], call.key.shape[1]
+    if mask is not None and mask.kind == "block":
+        return _combine(mask.block_mask, structure, q_len, k_len) if structure else mask.block_mask
+    if mask is None or mask.kind == "bias":
+        if structure is None:
+            return None
+        return _structural_mask(structure, (call.is_causal, call.window_size, q_len, k_len, device))
+    tensor = mask.tensor
+    assert tensor is not None
+    batch, heads = tensor.shape[0], tensor.shape[1] if tensor.ndim == 4 else 1
+
+    def build() -> BlockMask:
+        mod = _padding(tensor) if mask.kind == "key_padding" else _broadcast_index(tensor)
+        return _create(_both(mod, structure) if structure else mod, batch, heads, q_len, k_len, device)
+
+    return derived(tensor, ("block", call.is_causal, call.window_size, q_len, k_len), build)
+
+
+def _structural_mask(structure: Callable[..., Tensor], key: tuple[Any, ...]) -> BlockMask:
+    q_len, k_len, device = key[2:]
+    if torch.compiler.is_compiling():
+        return _create(structure, 1, 1, q_len, k_len, device)
+    with _structural_lock:
+        found = _structural.get(key)
+    if found is None:
+        found = _create(structure, 1, 1, q_len, k_len, device)
+        with _structural_lock:
+            _structural[key] = found
+            while len(_structural) > _MAX_STRUCTURAL_MASKS:
+                _structural.popitem(last=False)
+    return found
+
+
+def _combine(block_mask: BlockMask | None, structure: Callable[..., Tensor], q_len: int, k_len: int) -> BlockMask:
+    assert block_mask is not None
+    batch, heads = block_mask.kv_num_blocks.shape[:2]
+    return _create(_both(block_mask.mask_mod, structure), batch, heads, q_len, k_len, block_mask.kv_num_blocks.device)
+
+
+def _create(
+    mod: Callable[..., Tensor], batch: int, heads: int, q_len: int, k_len: int, device: torch.device
+) -> BlockMask:
+    # Compiled, it does not materialise the Q x K mask that it summarises.
+    compiled = device.type == "cuda" and not torch.compiler.is_compiling()
+    return create_block_mask(mod, batch, heads, q_len, k_len, device=device, _compile=compiled)
+
+
+def _score_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
+    softcap = call.softcap
+    bias = call.mask.tensor if call.mask is not None and call.mask.kind == "bias" else None
+    if bias is None:
+        return (lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)) if softcap else None
+    read = _broadcast_index(bias)
+    if softcap:
+        return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap) + read(b, h, q, k)
+    return lambda score, b, h, q, k: score + read(b, h, q, k)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor] | None,
+    block_mask: BlockMask | None,
+    scale: float,
+    enable_gqa: bool,
+    lse: bool,
+) -> Any:
+    return flex_attention(
+        query,
+        key,
+        value,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        return_aux=AuxRequest(lse=True) if lse else None,
+    )
+
+
+_compiled: dict[Any, Callable[..., Any]] = {}
+
+
+def _compiled_for(call: AttentionCall) -> Callable[..., Any]:
+    """A compiled ``_run`` of its own per kind of call.
+
+    Dynamo counts recompilations per code object and stops at a limit; kinds of calls must not use up each other's.
+    """
+    query = call.query
+    kind = None if call.mask is None else call.mask.kind
+    broadcast = (
+        () if call.mask is None or call.mask.tensor is None else tuple(size == 1 for size in call.mask.tensor.shape)
+    )
+    device = query.device.type
+    key = (device, query.dtype, query.shape[3], call.value.shape[3], kind, broadcast, call.is_causal,
+           call.window_size, call.softcap, call.return_lse, call.enable_gqa, call.scale)  # fmt: skip
+    function = _compiled.get(key)
+    if function is None:
+        own = types.FunctionType(_run.__code__.replace(co_name=f"flex_{len(_compiled)}"), globals(), closure=None)
+        forced = settings.flex_compile()
+        fused = device != "cpu" if forced is None else forced
+        function = torch.compile(own, fullgraph=True) if fused else torch.compile(own, fullgraph=True, backend="eager")
+        _compiled[key] = function
+    return function
+
+
+def _flex(call: AttentionCall) -> AttentionOutput:
+    run = _run if torch.compiler.is_compiling() else _compiled_for(call)
+    result = run(
+        call.query.transpose(1, 2),
+        call.key.transpose(1, 2),
+        call.value.transpose(1, 2),
+        _score_mod(call),
+        _block_mask(call),
+        call.scale,
+        call.enable_gqa,
+        call.return_lse,
+    )
+    if not call.return_lse:
+        return AttentionOutput(result.transpose(1, 2))
+    out, aux = result
+    return AttentionOutput(out.transpose(1, 2), aux.lse.detach().to(torch.float32))
+
+
+def _adapters(spec: CallSpec) -> tuple[str, ...]:
+    # Without compilation the scores are built in full.
+    return ("dense_mask",) if spec.device == "cpu" else ()
+
+
+FLEX = Backend(
+    name="flex",
+    family="flex",
+    capabilities=(
+        Capabilities(
+            devices=("cpu",),
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            head_dim_v=True,
+            masks=_MASKS,
+            causal="any",
+            window="any",
+            softcap=True,
+            gqa=True,
+        ),
+        Capabilities(
+            devices=("cuda", "xpu"),
+            dtypes=(torch.float32, torch.bfloat16, torch.float16),
+            max_head_dim=256,
+            head_dim_v=True,
+            masks=_MASKS,
+            causal="any",
+            window="any",
+            softcap=True,
+            gqa=True,
+            gradients=True,
+            lse=True,
+        ),
+    ),
+    forward=_flex,
+    adapters=_adapters,
+    url="https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html",
+    summary="torch FlexAttention, compiled on accelerators",
+)

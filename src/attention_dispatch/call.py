@@ -1,0 +1,367 @@
+"""One attention call in canonical form: its tensors (`AttentionCall`) and its facts (`CallSpec`).
+
+Shape legend: B batch, Q query length, K key length, H query heads, G key/value heads, D head dim of q and k, V of v.
+Layout is BSHD = (batch, seq, heads, head_dim) everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from operator import index
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidCallError
+from .masks import Mask, normalise
+
+FULL_WINDOW = (-1, -1)
+STANDARD_KWARGS = ("return_lse", "window_size", "softcap", "deterministic")
+
+
+class AttentionOutput(NamedTuple):
+    """What a backend returns: ``out`` (B, Q, H, V); ``lse`` float32 natural log (B, H, Q), or None if not asked for."""
+
+    out: Tensor
+    lse: Tensor | None = None
+
+
+class AttentionCall:
+    """A validated call. Every field is canonical: no None for scale, no 2-D masks, no unknown options.
+
+    Attributes:
+        query: (B, Q, H, D). key: (B, K, G, D). value: (B, K, G, V).
+        mask: :class:`~attention_dispatch.masks.Mask` or None.
+        dropout_p: probability in [0, 1).
+        is_causal: query i sees keys j <= i (top-left aligned).
+        scale: factor of the scores.
+        enable_gqa: H != G.
+        window_size: (left, right); query i sees keys i - left <= j <= i + right; -1 is unbounded.
+        softcap: scores become softcap * tanh(scores / softcap) before masking; 0.0 is off.
+        deterministic: bitwise equal results, gradients included, from run to run are required.
+        return_lse: whether the log-sum-exp is asked for.
+        options: backend-specific keyword arguments.
+    """
+
+    __slots__ = (
+        "deterministic",
+        "dropout_p",
+        "enable_gqa",
+        "is_causal",
+        "key",
+        "mask",
+        "options",
+        "query",
+        "return_lse",
+        "scale",
+        "softcap",
+        "value",
+        "window_size",
+    )
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float = 1.0,
+        enable_gqa: bool = False,
+        window_size: tuple[int, int] = FULL_WINDOW,
+        softcap: float = 0.0,
+        deterministic: bool = False,
+        return_lse: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ):
+        self.query = query
+        self.key = key
+        self.value = value
+        self.mask = mask
+        self.dropout_p = dropout_p
+        self.is_causal = is_causal
+        self.scale = scale
+        self.enable_gqa = enable_gqa
+        self.window_size = window_size
+        self.softcap = softcap
+        self.deterministic = deterministic
+        self.return_lse = return_lse
+        self.options = options or {}
+
+    def replaced(self, **changes: Any) -> AttentionCall:
+        """A copy with some fields changed."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return AttentionCall(**{**fields, **changes})
+
+
+class CallSpec(NamedTuple):
+    """The facts of a call that decide which backend can run it: no tensors and no lengths, so it can key a cache.
+
+    ``lengths`` is ``"equal"``, ``"fewer_queries"`` or ``"more_queries"`` (than keys). ``architecture`` is vendor
+    tagged, such as ``"sm_90"`` or ``"gfx942"``, and empty where a device has none.
+    """
+
+    device: str
+    architecture: str
+    dtype: torch.dtype
+    head_dim: int
+    head_dim_v: int
+    heads: int
+    kv_heads: int
+    mask: str
+    mask_per_head: bool
+    mask_grad: bool
+    is_causal: bool
+    window: bool
+    softcap: bool
+    dropout: bool
+    grad: bool
+    lse: bool
+    deterministic: bool
+    lengths: str
+    options: tuple[str, ...]
+
+
+def canonicalise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: Mapping[str, Any] | None = None,
+    known_options: frozenset[str] = frozenset(),
+) -> AttentionCall:
+    """Validate a call and bring it into canonical form.
+
+    Raises:
+        InvalidCallError: the caller's mistake, the same for every backend.
+    """
+    _check_tensors(query, key, value)
+    query, key, value = _apply_autocast(query, key, value)
+    batch, q_len, heads, head_dim = query.shape
+    _check_shapes(query, key, value, enable_gqa)
+    _check_numbers(dropout_p, scale)
+    mask = None
+    if attn_mask is not None:
+        mask = normalise(attn_mask, batch, heads, q_len, key.shape[1], query.device)
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        mask,
+        float(dropout_p),
+        bool(is_causal),
+        1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        index(heads) != index(key.shape[2]),
+    )
+    if attention_kwargs:
+        _apply_kwargs(call, attention_kwargs, known_options)
+    return call
+
+
+def spec_of(call: AttentionCall) -> CallSpec:
+    """The :class:`CallSpec` of a canonical call."""
+    query, key, mask = call.query, call.key, call.mask
+    q_len, k_len = query.shape[1], key.shape[1]
+    mask_kind, per_head, mask_grad = "none", False, False
+    if mask is not None:
+        mask_kind = mask.kind
+        tensor = mask.tensor
+        if tensor is not None:
+            per_head = tensor.ndim == 4 and tensor.shape[1] != 1
+            mask_grad = torch.is_grad_enabled() and tensor.requires_grad
+    grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or call.value.requires_grad)
+    return CallSpec(
+        query.device.type,
+        architecture(query.device.type, query.device.index),
+        query.dtype,
+        # index() makes these constants where a graph is traced with dynamic shapes; lengths stay symbolic.
+        index(query.shape[3]),
+        index(call.value.shape[3]),
+        index(query.shape[2]),
+        index(key.shape[2]),
+        mask_kind,
+        per_head,
+        mask_grad,
+        call.is_causal,
+        call.window_size != FULL_WINDOW,
+        # Floats are symbolic too while a graph is traced; a branch makes their facts constants.
+        True if call.softcap else False,
+        True if call.dropout_p else False,
+        grad or mask_grad,
+        call.return_lse,
+        call.deterministic,
+        "equal" if q_len == k_len else ("fewer_queries" if q_len < k_len else "more_queries"),
+        tuple(sorted(call.options)) if call.options else (),
+    )
+
+
+_architectures: dict[tuple[str, int | None], str] = {}
+
+
+@torch._dynamo.assume_constant_result
+def architecture(device_type: str, index: int | None) -> str:
+    """``"sm_90"``, ``"gfx942"`` or ``""``; asked of the driver once per device."""
+    found = _architectures.get((device_type, index))
+    if found is None:
+        found = ""
+        if device_type == "cuda":
+            if torch.version.hip:
+                found = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+            else:
+                major, minor = torch.cuda.get_device_capability(index)
+                found = f"sm_{major}{minor}"
+        _architectures[(device_type, index)] = found
+    return found
+
+
+def describe(call: AttentionCall, spec: CallSpec) -> str:
+    """One line for people: shapes, dtype, device and everything out of the ordinary."""
+    query, key, value = call.query, call.key, call.value
+    same = query.shape == key.shape == value.shape
+    others = "k/v the same" if same else f"k {tuple(key.shape)}, v {tuple(value.shape)}"
+    text = f"q {tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {spec.device}"
+    if spec.architecture:
+        text += f" {spec.architecture}"
+    extras = []
+    if spec.mask != "none":
+        extras.append(
+            {"key_padding": "key-padding mask", "bool": "bool mask", "bias": "additive mask", "block": "BlockMask"}[
+                spec.mask
+            ]
+        )
+    if call.is_causal:
+        extras.append("causal")
+    if spec.window:
+        extras.append(f"window_size={call.window_size}")
+    if call.softcap:
+        extras.append(f"softcap={call.softcap:g}")
+    if call.dropout_p:
+        extras.append(f"dropout_p={call.dropout_p:g}")
+    extras += [
+        word
+        for word, on in (
+            ("gradients needed", spec.grad),
+            ("return_lse", spec.lse),
+            ("deterministic", spec.deterministic),
+        )
+        if on
+    ]
+    extras += [f"{name}={value!r}" for name, value in call.options.items()]
+    return "; ".join([f"{text}, {others}", *extras])
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise InvalidCallError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.ndim != 4:
+            raise InvalidCallError(
+                f"{name} must have 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(tensor.shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise InvalidCallError(
+                f"{name} must be floating point, got {tensor.dtype}. Use {name}.to(torch.bfloat16), for example."
+            )
+    if query.device != key.device or query.device != value.device:
+        raise InvalidCallError(
+            f"query, key and value must be on one device, got {query.device}, {key.device} and {value.device}."
+        )
+
+
+def _apply_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast as ``scaled_dot_product_attention`` does inside an autocast region; then all three must agree."""
+    device = query.device.type
+    if (
+        torch._C._is_any_autocast_enabled()
+        and device != "meta"
+        and torch.is_autocast_enabled(device)
+        and query.dtype != torch.float64
+    ):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.dtype != key.dtype or query.dtype != value.dtype:
+        raise InvalidCallError(
+            f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}."
+        )
+    return query, key, value
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    batch, _, heads, head_dim = query.shape
+    if key.shape[0] != batch or value.shape[0] != batch:
+        raise InvalidCallError(
+            f"batch sizes differ: query {batch}, key {key.shape[0]}, value {value.shape[0]}. Use .expand."
+        )
+    if key.shape[1] != value.shape[1]:
+        raise InvalidCallError(f"key and value must have one sequence length, got {key.shape[1]} and {value.shape[1]}.")
+    if key.shape[3] != head_dim:
+        raise InvalidCallError(f"query and key must have one head_dim, got {head_dim} and {key.shape[3]}.")
+    if key.shape[2] != value.shape[2]:
+        raise InvalidCallError(f"key and value must have as many heads, got {key.shape[2]} and {value.shape[2]}.")
+    kv_heads = key.shape[2]
+    if heads != kv_heads:
+        if not enable_gqa:
+            raise InvalidCallError(
+                f"query has {heads} heads and key {kv_heads}: pass enable_gqa=True for grouped-query attention. "
+                f"(The layout is (batch, seq, heads, head_dim); are seq and heads swapped?)"
+            )
+        if kv_heads == 0 or heads % kv_heads != 0:
+            raise InvalidCallError(f"query heads ({heads}) must be a multiple of key heads ({kv_heads}).")
+
+
+def _check_numbers(dropout_p: Any, scale: Any) -> None:
+    if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+        raise InvalidCallError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}.")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise InvalidCallError(
+                f"scale must be a float or None, got {type(scale).__name__}. Use scale.item() for a tensor."
+            )
+        if not math.isfinite(scale):
+            raise InvalidCallError(f"scale must be finite, got {scale!r}.")
+
+
+def _apply_kwargs(call: AttentionCall, attention_kwargs: Mapping[str, Any], known_options: frozenset[str]) -> None:
+    options = {}
+    for name, value in attention_kwargs.items():
+        if name == "return_lse":
+            call.return_lse = bool(value)
+        elif name == "deterministic":
+            call.deterministic = bool(value)
+        elif name == "softcap":
+            call.softcap = _checked_softcap(value)
+        elif name == "window_size":
+            call.window_size = _checked_window(value)
+        elif name in known_options:
+            options[name] = value
+        else:
+            known = ", ".join((*STANDARD_KWARGS, *sorted(known_options)))
+            raise InvalidCallError(f"unknown attention_kwargs key {name!r}. Known: {known}.")
+    if options:
+        call.options = options
+
+
+def _checked_softcap(value: Any) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise InvalidCallError(f"softcap must be a finite number >= 0, got {value!r}.")
+    return float(value)
+
+
+def _checked_window(value: Any) -> tuple[int, int]:
+    if value is None:
+        return FULL_WINDOW
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise InvalidCallError(f"window_size must be a pair (left, right) of ints, -1 for unbounded, got {value!r}.")
+    sides = tuple(-1 if side is None else side for side in value)
+    if any(isinstance(side, bool) or not isinstance(side, int) or side < -1 for side in sides):
+        raise InvalidCallError(f"window_size must be a pair (left, right) of ints >= -1, got {value!r}.")
+    return sides

@@ -1,0 +1,243 @@
+"""The backends: a name, where its object lives, and how to install what it needs. Nothing is imported until used."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .call import AttentionCall, AttentionOutput, CallSpec
+from .capabilities import Capabilities
+from .errors import BackendUnavailableError, InvalidCallError, Reason, UnknownBackendError, unavailable_message
+
+ENTRY_POINT_GROUP = "attention_dispatch.backends"
+
+
+def _no_reasons() -> tuple[Reason, ...]:
+    return ()
+
+
+def _no_extra_reasons(spec: CallSpec) -> tuple[Reason, ...]:
+    return ()
+
+
+def _no_adapters(spec: CallSpec) -> tuple[str, ...]:
+    return ()
+
+
+def _nothing_to_load() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend: data and functions. Define it at the top level of a module that imports no vendor package.
+
+    Attributes:
+        name: what users type.
+        family: the file it lives in; backends of one family share code.
+        capabilities: one row per group of devices.
+        forward: computes a canonical call whose facts the capabilities allow.
+        load: the only place where the vendor is imported. Called once, before the first ``forward``.
+        probe: reasons why the package is missing, too old or on the wrong platform, found without importing it.
+        backward: ``(grad_out, call, out, lse) -> (dq, dk, dv)`` given a global ``lse``; needed for ring attention only.
+        extra_reasons: limits that exist only jointly.
+        adapters: names in ``adapt.ADAPTERS`` of the conversions a call needs.
+        bind: ``call -> function(query, key, value)`` or None: the shortest path for calls of one shape without a
+            mask, for backends whose kernel checks its own arguments.
+        kernel: which kernel will run a call, where the backend chooses between several.
+        external: not part of torch or of this project, so its first result is checked numerically.
+        url: upstream.
+        summary: one line for tables.
+    """
+
+    name: str
+    family: str
+    capabilities: tuple[Capabilities, ...]
+    forward: Callable[[AttentionCall], AttentionOutput]
+    load: Callable[[], None] = _nothing_to_load
+    probe: Callable[[], tuple[Reason, ...]] = _no_reasons
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    extra_reasons: Callable[[CallSpec], tuple[Reason, ...]] = _no_extra_reasons
+    adapters: Callable[[CallSpec], tuple[str, ...]] = _no_adapters
+    bind: Callable[[AttentionCall], Callable[[Tensor, Tensor, Tensor], Tensor] | None] | None = None
+    kernel: Callable[[AttentionCall], str] | None = None
+    external: bool = False
+    url: str = ""
+    summary: str = ""
+
+    @property
+    def quantised(self) -> bool:
+        return any(row.quantised for row in self.capabilities)
+
+
+class Row(NamedTuple):
+    """Registry row: ``"module:OBJECT"`` (or the object itself) and the command that installs what it needs."""
+
+    target: str | Backend
+    install: str = ""
+
+
+class Status(NamedTuple):
+    """Whether a backend can be used on this machine; ``reasons`` say why not and what to type."""
+
+    name: str
+    available: bool
+    reasons: tuple[Reason, ...]
+
+    def __str__(self) -> str:
+        if self.available:
+            return f"{self.name}: available"
+        return f"{self.name}: not available: " + "; ".join(f"{reason.what} -> {reason.fix}" for reason in self.reasons)
+
+
+_HERE = "attention_dispatch.backends."
+
+_rows: dict[str, Row] = {
+    "_native_cudnn": Row(_HERE + "native:CUDNN"),
+    "_native_efficient": Row(_HERE + "native:EFFICIENT"),
+    "_native_flash": Row(_HERE + "native:FLASH"),
+    "_native_math": Row(_HERE + "native:MATH"),
+    "flex": Row(_HERE + "flex:FLEX"),
+    "native": Row(_HERE + "native:NATIVE"),
+    "reference": Row(_HERE + "reference:REFERENCE"),
+}
+
+registry: Mapping[str, Row] = MappingProxyType(_rows)
+"""Read-only view of the registered rows."""
+
+_states: dict[str, Status] = {}
+_causes: dict[str, BaseException] = {}
+_lock = threading.RLock()
+_plugins_read = False
+_on_change: list[Callable[[], None]] = []
+
+
+def register_backend(backend: Backend, *, install: str = "", replace: bool = False) -> None:
+    """Add a backend to this process. Packages use the entry point group ``attention_dispatch.backends`` instead.
+
+    Args:
+        backend: the object; its ``name`` becomes a valid request.
+        install: command that installs what it needs, shown when it is missing.
+        replace: allow a name that is already registered.
+
+    Raises:
+        InvalidCallError: the name is taken and ``replace`` is False.
+    """
+    with _lock:
+        if backend.name in _rows and not replace:
+            raise InvalidCallError(f"backend {backend.name!r} is already registered. Pass replace=True to replace it.")
+        _rows[backend.name] = Row(backend, install)
+        _forget(backend.name)
+
+
+def unregister_backend(name: str) -> None:
+    """Remove a backend added by :func:`register_backend`."""
+    with _lock:
+        _rows.pop(name, None)
+        _forget(name)
+
+
+def forget_status(name: str) -> None:
+    """Forget what was found out about a backend, for example after installing its package."""
+    with _lock:
+        _forget(name)
+
+
+def _forget(name: str) -> None:
+    _states.pop(name, None)
+    _causes.pop(name, None)
+    for notify in _on_change:
+        notify()
+
+
+def names() -> tuple[str, ...]:
+    """All registered names, entry points included. Imports no backend."""
+    global _plugins_read
+    if not _plugins_read:
+        with _lock:
+            for entry in entry_points(group=ENTRY_POINT_GROUP):
+                _rows.setdefault(entry.name, Row(entry.value, ""))
+            _plugins_read = True
+    return tuple(sorted(_rows))
+
+
+def get(name: str) -> Backend:
+    """The backend object of a name. Imports the family's file, not the vendor.
+
+    Raises:
+        UnknownBackendError: no such name; the message has the nearest ones.
+    """
+    row = _rows.get(name)
+    if row is None:
+        if name in names():
+            row = _rows[name]
+        else:
+            raise UnknownBackendError(_unknown_message(name))
+    if isinstance(row.target, Backend):
+        return row.target
+    module, _, attribute = row.target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def status(name: str) -> Status:
+    """Whether a backend is usable, found once per process. Loads the vendor package if its metadata looks right."""
+    known = _states.get(name)
+    if known is not None:
+        return known
+    with _lock:
+        known = _states.get(name)
+        if known is None:
+            known = _states[name] = _find_status(get(name), _rows[name].install)
+    return known
+
+
+def require(name: str) -> Backend:
+    """The loaded backend.
+
+    Raises:
+        UnknownBackendError: no such name.
+        BackendUnavailableError: it cannot be used here; the caught exception is chained.
+    """
+    backend = get(name)
+    found = status(name)
+    if not found.available:
+        raise BackendUnavailableError(unavailable_message(name, found.reasons), found.reasons) from _causes.get(name)
+    return backend
+
+
+def _find_status(backend: Backend, install: str) -> Status:
+    reasons = backend.probe()
+    if not reasons:
+        try:
+            backend.load()
+        except BackendUnavailableError as error:
+            reasons = error.reasons
+            _causes[backend.name] = error.__cause__ or error
+        except Exception as error:  # whatever a vendor's import raises is that backend's status, not ours
+            fix = f"reinstall it for this torch: {install}" if install else "reinstall the package for this torch."
+            reasons = (Reason("import", f"importing it failed: {type(error).__name__}: {error}", fix),)
+            _causes[backend.name] = error
+    return Status(backend.name, not reasons, tuple(reasons))
+
+
+def known_options() -> frozenset[str]:
+    """Backend-specific attention_kwargs that at least one registered backend understands."""
+    return frozenset(option for name in names() for row in get(name).capabilities for option in row.options)
+
+
+def _unknown_message(name: str) -> str:
+    known = names()
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near += [
+        candidate for candidate in known if name.strip("_") and name.strip("_") in candidate and candidate not in near
+    ][:3]
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(known)}."
+    return f"unknown attention backend {name!r}. {hint} All names: attention_dispatch.list_backends()."

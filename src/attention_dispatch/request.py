@@ -1,0 +1,175 @@
+"""What a user may ask for, and whose wish counts: call > model > ``with`` scope > environment > native."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+from . import registry, settings
+from .errors import InvalidCallError
+
+AUTO = "auto"
+AUTO_QUANTIZED = "auto_quantized"
+
+
+class Request(NamedTuple):
+    """A validated request.
+
+    Attributes:
+        mode: ``"demand"`` (one name, never falls back), ``"permission"`` (names in order), ``"auto"`` or
+            ``"auto_quantized"``.
+        names: the backends of a demand or permission.
+    """
+
+    mode: str
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.mode == "demand":
+            return repr(self.names[0])
+        return str(list(self.names)) if self.mode == "permission" else repr(self.mode)
+
+
+NATIVE = Request("demand", ("native",))
+
+
+def parse(request: Any) -> Request:
+    """Validate a request: a name, a sequence of names, ``"auto"``, ``"auto_quantized"`` or a :class:`Request`.
+
+    Names are case-insensitive; members of string enums are taken by value.
+
+    Raises:
+        UnknownBackendError: a name nobody registered, with the nearest names.
+        InvalidCallError: not a request at all.
+    """
+    if isinstance(request, Request):
+        return request
+    if isinstance(request, str):
+        name = _plain(request)
+        if name in (AUTO, AUTO_QUANTIZED):
+            return Request(name)
+        registry.get(name)
+        return Request("demand", (name,))
+    if isinstance(request, Sequence) and request and all(isinstance(item, str) for item in request):
+        names = tuple(dict.fromkeys(_plain(item) for item in request))
+        for name in names:
+            if name in (AUTO, AUTO_QUANTIZED):
+                raise InvalidCallError(
+                    f"{name!r} stands alone: it cannot be one name of a sequence, got {list(names)}."
+                )
+            registry.get(name)
+        return Request("permission", names)
+    raise InvalidCallError(
+        f"a backend request is a name, a sequence of names, 'auto' or 'auto_quantized', got {request!r}."
+    )
+
+
+def _plain(name: str) -> str:
+    value = name.value if isinstance(name, Enum) else name
+    return str(value).lower()
+
+
+class Observed(NamedTuple):
+    """The effective setting while calls are recorded: unlike every other, so that no shortened path is taken."""
+
+    request: Request | None
+    observer: Any
+
+
+class _ThreadRequests(threading.local):
+    """The settings of the running thread.
+
+    Attributes:
+        model: the request of the innermost routed module whose forward is running; ``stack`` holds the outer ones.
+        scope: the request of the innermost ``with attention_backend``.
+        observer: called after each call while calls are recorded.
+        effective: what these amount to, kept so that a call reads one attribute.
+    """
+
+    def __init__(self) -> None:
+        self.model: Request | None = None
+        self.stack: list[Request | None] = []
+        self.scope: Request | None = None
+        self.observer: Any = None
+        self.effective: Request | Observed | None = None
+
+    def refresh(self) -> None:
+        """Recompute ``effective`` after another field changed."""
+        request = self.scope if self.model is None else self.model
+        self.effective = request if self.observer is None else Observed(request, self.observer)
+
+
+current = _ThreadRequests()
+
+_environment: Request | None = None
+
+
+def environment() -> Request:
+    """The request of the environment, validated at first use; native when there is none."""
+    global _environment
+    if _environment is None:
+        wanted = settings.default_backend()
+        _environment = NATIVE if wanted is None else parse(wanted)
+    return _environment
+
+
+def forget_environment() -> None:
+    """Read the environment variables again at the next call."""
+    global _environment
+    _environment = None
+
+
+class attention_backend:  # lower case: it is used like a function, as in diffusers
+    """Scope in which attention calls of this thread use ``request``, unless a call or a model says otherwise.
+
+    Leaving the scope, by an exception too, restores what was there. Scopes nest; other threads are not affected.
+
+    Args:
+        request: a name, a sequence of names, ``"auto"`` or ``"auto_quantized"``.
+
+    Raises:
+        UnknownBackendError: at construction, with the nearest names.
+
+    Example:
+        >>> import torch, attention_dispatch as ad
+        >>> q = k = v = torch.randn(1, 16, 2, 32)
+        >>> with ad.attention_backend("reference"):
+        ...     out = ad.dispatch_attention_fn(q, k, v)
+        >>> out.shape
+        torch.Size([1, 16, 2, 32])
+    """
+
+    __slots__ = ("_outer", "request")
+
+    def __init__(self, request: Any = "native"):
+        self.request = parsed(request)
+
+    def __enter__(self) -> attention_backend:
+        self._outer = current.scope
+        current.scope = self.request
+        current.refresh()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        current.scope = self._outer
+        current.refresh()
+
+
+_parsed: dict[Any, Request] = {}
+
+
+def parsed(request: Any) -> Request:
+    """:func:`parse`, remembered for hashable requests."""
+    try:
+        found = _parsed.get(request)
+    except TypeError:
+        return parse(request)
+    if found is None:
+        found = parse(request)
+        _parsed[request] = found
+    return found
+
+
+registry._on_change.append(_parsed.clear)
