@@ -132,6 +132,9 @@ NATIVE = Backend(
 
 def _math(call: AttentionCall) -> AttentionOutput:
     mask, is_causal = _mask_and_causal(call)
+    if mask is not None:
+        # The operator itself would add a bool mask as 0 and 1.
+        mask = adapt.as_additive(mask, call.query.dtype)
     out, _weights = torch.ops.aten._scaled_dot_product_attention_math(
         call.query.transpose(1, 2),
         call.key.transpose(1, 2),
