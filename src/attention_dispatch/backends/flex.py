@@ -25,6 +25,7 @@ from ..registry import Backend
 
 _MASKS = frozenset({"key_padding", "bool", "bias", "block"})
 _MAX_STRUCTURAL_MASKS = 64
+_DECODE_LENGTH = 16
 
 
 def _causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -143,6 +144,7 @@ def _run(
     scale: float,
     enable_gqa: bool,
     lse: bool,
+    kernel_options: Any,
 ) -> Any:
     return flex_attention(
         query,
@@ -153,7 +155,16 @@ def _run(
         scale=scale,
         enable_gqa=enable_gqa,
         return_aux=AuxRequest(lse=True) if lse else None,
+        kernel_options=kernel_options,
     )
+
+
+def _kernel_options(call: AttentionCall) -> dict[str, Any] | None:
+    if call.query.device.type == "cpu" or call.query.shape[1] <= _DECODE_LENGTH:
+        return None
+    # Below 128 queries torch takes its decoding kernel, which finds no configuration for 100 queries with a BlockMask
+    # (H100, torch 2.11.0+cu130, 2026-11-25).
+    return {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 _compiled: dict[Any, Callable[..., Any]] = {}
@@ -171,7 +182,8 @@ def _compiled_for(call: AttentionCall) -> Callable[..., Any]:
     )
     device = query.device.type
     key = (device, query.dtype, query.shape[3], call.value.shape[3], kind, broadcast, call.is_causal,
-           call.window_size, call.softcap, call.return_lse, call.enable_gqa, call.scale)  # fmt: skip
+           call.window_size, call.softcap, call.return_lse, call.enable_gqa, call.scale,
+           call.query.shape[1] <= _DECODE_LENGTH)  # fmt: skip
     function = _compiled.get(key)
     if function is None:
         own = types.FunctionType(_run.__code__.replace(co_name=f"flex_{len(_compiled)}"), globals(), closure=None)
@@ -193,6 +205,7 @@ def _flex(call: AttentionCall) -> AttentionOutput:
         call.scale,
         call.enable_gqa,
         call.return_lse,
+        _kernel_options(call),
     )
     if not call.return_lse:
         return AttentionOutput(result.transpose(1, 2))

@@ -57,8 +57,17 @@ def _dense_mask_adapters(spec: CallSpec) -> tuple[str, ...]:
     return ("dense_mask",) if needs_merge else ()
 
 
-def _native(call: AttentionCall) -> AttentionOutput:
+def _sdpa_mask_and_causal(call: AttentionCall) -> tuple[Tensor | None, bool]:
     mask, is_causal = _mask_and_causal(call)
+    if mask is not None and mask.dtype == torch.bool and call.query.device.type == "cuda":
+        # With a bool mask, the cuDNN path of SDPA averages the values for a row without keys; with an additive one
+        # it returns 0 (H100, torch 2.11.0+cu130, 2026-11-25).
+        mask = adapt.as_additive(mask, call.query.dtype)
+    return mask, is_causal
+
+
+def _native(call: AttentionCall) -> AttentionOutput:
+    mask, is_causal = _sdpa_mask_and_causal(call)
     out = _sdpa(
         call.query.transpose(1, 2),
         call.key.transpose(1, 2),
@@ -70,6 +79,12 @@ def _native(call: AttentionCall) -> AttentionOutput:
         enable_gqa=call.enable_gqa,
     )
     return AttentionOutput(out.transpose(1, 2))
+
+
+def _native_adapters(spec: CallSpec) -> tuple[str, ...]:
+    hides_more = spec.mask in ("key_padding", "bool") or (spec.mask == "none" and spec.window)
+    additive = ("additive_mask",) if spec.device == "cuda" and hides_more else ()
+    return _dense_mask_adapters(spec) + additive
 
 
 def _bind_native(call: AttentionCall) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
@@ -99,7 +114,7 @@ def _bind_native(call: AttentionCall) -> Callable[[Tensor, Tensor, Tensor], Tens
 
 def aten_choice(call: AttentionCall) -> SDPBackend:
     """The kernel that ``scaled_dot_product_attention`` takes for a call, as torch's own chooser answers."""
-    mask, is_causal = _mask_and_causal(call)
+    mask, is_causal = _sdpa_mask_and_causal(call)
     choice = torch._fused_sdp_choice(
         call.query.transpose(1, 2),
         call.key.transpose(1, 2),
@@ -122,7 +137,7 @@ NATIVE = Backend(
     family="native",
     capabilities=(_ANY_DEVICE,),
     forward=_native,
-    adapters=_dense_mask_adapters,
+    adapters=_native_adapters,
     bind=_bind_native,
     kernel=_native_kernel,
     url="https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html",
@@ -270,8 +285,12 @@ def _efficient(call: AttentionCall) -> AttentionOutput:
         query, key, value, bias, needs_lse, call.dropout_p, is_causal, scale=call.scale
     )
     out = out[..., :head_dim_v].transpose(1, 2)
-    # The LSE is padded to a multiple of 32 rows.
-    return AttentionOutput(out, lse[..., :q_len].detach() if call.return_lse else None)
+    if not call.return_lse:
+        return AttentionOutput(out)
+    # The LSE is padded to a multiple of 32 rows, and is 0.0 for a row without keys.
+    lse = lse[..., :q_len].detach()
+    empty = adapt.rows_without_key(call)
+    return AttentionOutput(out, lse if empty is None else lse.masked_fill(empty, float("-inf")))
 
 
 def _fused_mask_adapters(spec: CallSpec) -> tuple[str, ...]:
