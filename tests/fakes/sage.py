@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -84,7 +85,10 @@ def _dense(call: SimpleNamespace) -> tuple[Tensor, Tensor]:
         if mask.dtype not in (torch.bool, query.dtype):
             raise AssertionError("attn_mask must be of dtype bool or the same dtype as q.")
         mask = mask.expand(*query.shape[:3], key.shape[2])
-        allowed, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
+        # The Triton kernel's scores are in units of log 2, and so is what it adds to them.
+        allowed, bias = (mask, None) if mask.dtype == torch.bool else (None, mask.double() * math.log(2))
+        if bias is not None and bool((bias == float("-inf")).any()):
+            raise AssertionError("a tile of -inf turns into NaN")
     out, lse = attend(query, key, value, scale=_scale(call), allowed=allowed, bias=bias)
     return (out.transpose(1, 2) if call.tensor_layout == "NHD" else out), lse
 

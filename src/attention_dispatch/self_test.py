@@ -1,0 +1,146 @@
+"""The first-use check of kernels that are not ours: a tiny call against the oracle, with poisoned memory.
+
+A version does not vouch for a build (a released SageAttention writes nothing on Hopper, and the repaired one carries
+the same version), so each kernel is asked once per (device, dtype, head dims) and process; the verdict is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from . import settings
+from .backends.reference import attention
+from .call import AttentionCall, CallSpec, architecture, spec_of
+from .capabilities import reasons_against, row_for
+from .errors import Reason
+from .masks import Mask
+from .registry import Backend
+
+# Not a multiple of any block size; long enough for more than one block of keys.
+_LENGTH = 200
+_HEADS = 2
+_POISONED_BLOCKS = 4
+# An exact kernel's own error is about a quarter of the dtype's step; TF32 products set the floor for float32.
+_EXACT_STEPS = 2.0
+_FLOAT32_ERROR = 2e-3
+
+_Key = tuple[str, str, str, torch.dtype, int, int]
+_verdicts: dict[_Key, tuple[Reason, ...]] = {}
+_lock = threading.RLock()
+
+
+def reasons(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
+    """Why an external kernel that is available must not be trusted with calls like this one; empty when it passed.
+
+    Runs the kernel on first use. Answers nothing, and keeps nothing, where it cannot run now: on a device that is not
+    here, or while a CUDA graph is captured.
+    """
+    if not backend.external or not settings.self_test_enabled() or not _can_run_now(spec):
+        return ()
+    key = (backend.name, spec.device, spec.architecture, spec.dtype, spec.head_dim, spec.head_dim_v)
+    with _lock:
+        if key not in _verdicts:
+            _verdicts[key] = _test(backend, spec)
+        return _verdicts[key]
+
+
+def forget() -> None:
+    """Forget all verdicts, for example after a package was replaced."""
+    _verdicts.clear()
+
+
+def _can_run_now(spec: CallSpec) -> bool:
+    if spec.device == "cuda":
+        here = torch.cuda.is_available() and architecture("cuda", torch.cuda.current_device()) == spec.architecture
+        return here and not torch.cuda.is_current_stream_capturing()
+    return spec.device == "cpu"
+
+
+def _test(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
+    call = _allowed_call(backend, spec)
+    if call is None:
+        return ()
+    fix = f"reinstall the package of {backend.name!r} for this torch and GPU, or use another backend."
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            expected = attention(call)
+            _poison(call)
+            actual = backend.forward(call)
+            problem = _difference(backend, spec, actual.out, expected.out)
+            if problem is None and expected.lse is not None:
+                problem = _lse_difference(actual.lse, expected.lse)
+    except Exception as error:  # whatever a vendor's kernel raises on a call it declared to serve is the finding
+        problem = f"it raised {type(error).__name__}: {error}"
+    return () if problem is None else (Reason("self_test", f"its first-use self-test failed: {problem}", fix),)
+
+
+def _allowed_call(backend: Backend, spec: CallSpec) -> AttentionCall | None:
+    """The richest tiny call that the declared capabilities allow."""
+    row = row_for(backend.capabilities, spec.device)
+    if row is None:
+        return None
+    for masked in (True, False):
+        for lse in (True, False):
+            if masked and "key_padding" not in row.masks:
+                continue
+            call = _call(spec, masked, lse)
+            facts = spec_of(call)
+            if not reasons_against(backend.capabilities, facts) and not backend.extra_reasons(facts):
+                return call
+    return None
+
+
+def _call(spec: CallSpec, masked: bool, lse: bool) -> AttentionCall:
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(head_dim: int, offset: float = 0.0) -> Tensor:
+        values = torch.randn(3, _LENGTH, _HEADS, head_dim, generator=generator)
+        # Keys of real models carry an offset per channel, which is what breaks careless quantisation.
+        values += offset * torch.randn(1, 1, _HEADS, head_dim, generator=generator)
+        return values.to(spec.device, spec.dtype)
+
+    query, key, value = tensor(spec.head_dim), tensor(spec.head_dim, 1.0), tensor(spec.head_dim_v)
+    mask = None
+    if masked:
+        keep = torch.ones(3, _LENGTH, dtype=torch.bool)
+        keep[0, 3:60] = keep[1, 150:] = keep[2, :] = False
+        mask = Mask("key_padding", keep.to(spec.device))
+    return AttentionCall(query, key, value, mask, scale=spec.head_dim**-0.5, return_lse=lse)
+
+
+def _poison(call: AttentionCall) -> None:
+    """Leave NaN in the memory that the kernel's output is likely to be given."""
+    shape = (*call.query.shape[:3], call.value.shape[3])
+    blocks = [
+        torch.full(shape, float("nan"), dtype=call.query.dtype, device=call.query.device)
+        for _ in range(_POISONED_BLOCKS)
+    ]
+    del blocks
+
+
+def _difference(backend: Backend, spec: CallSpec, actual: Tensor, expected: Tensor) -> str | None:
+    if actual.shape != expected.shape:
+        return f"the output has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not bool(actual.isfinite().all()):
+        return "the output is not finite everywhere"
+    wide, exact = actual.double(), expected.double()
+    error = float((wide - exact).norm() / exact.norm())
+    row = row_for(backend.capabilities, spec.device)
+    declared = 0.0 if row is None else row.tolerance.relative_l2
+    bound = declared or (_FLOAT32_ERROR if spec.dtype == torch.float32 else _EXACT_STEPS * torch.finfo(spec.dtype).eps)
+    return None if error <= bound else f"relative error {error:.3g}, allowed {bound:.3g}"
+
+
+def _lse_difference(actual: Tensor | None, expected: Tensor) -> str | None:
+    if actual is None or actual.shape != expected.shape:
+        return f"the LSE is {None if actual is None else tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    empty = expected == float("-inf")
+    if not torch.equal(actual == float("-inf"), empty):
+        return "the LSE of a row without keys is not -inf"
+    error = float((actual - expected)[~empty].abs().max())
+    # A mistaken base is off by 0.3 of the value, a missing term by whole units; rounding is far below this.
+    return None if error <= 0.1 else f"the LSE is off by {error:.3g}"
