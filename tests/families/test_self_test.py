@@ -1,0 +1,163 @@
+"""The first-use check finds kernels that compute something else, once, and passes those that are right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from family_rows import ROWS
+
+from attention_dispatch import BackendRejectedError, dispatch_attention_fn, known_bad, self_test
+from attention_dispatch.backends import source
+from attention_dispatch.call import AttentionOutput, CallSpec, canonicalise, spec_of
+
+
+def spec(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> CallSpec:
+    return spec_of(canonicalise(*[torch.zeros(1, 4, 2, head_dim, dtype=dtype)] * 3))
+
+
+def altered(backend, change):
+    """The backend with ``change(out, lse, call)`` applied to what it returns."""
+    return replace(backend, forward=lambda call: change(*backend.forward(call), call))
+
+
+@pytest.mark.parametrize(("name", "record"), ROWS)
+def test_right_kernels_pass(name, record, on_cpu):
+    backend, _ = on_cpu(name, record)
+    assert self_test.reasons(backend, spec()) == ()
+
+
+def _constant(out, lse, call):
+    return AttentionOutput(torch.full_like(out, 0.5), lse)
+
+
+def _unwritten(out, lse, call):
+    return AttentionOutput(torch.full_like(out, float("nan")), lse)
+
+
+def _base_two(out, lse, call):
+    return AttentionOutput(out, lse / 0.6931)
+
+
+def _infinite_for_empty_rows(out, lse, call):
+    return AttentionOutput(out, lse.masked_fill(lse == float("-inf"), float("inf")))
+
+
+def _without_the_mask(out, lse, call):
+    scores = torch.einsum("bqhd,bkhd->bhqk", call.query.float(), call.key.float()) * call.scale
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), call.value.float()).to(out.dtype)
+    return AttentionOutput(out, lse)
+
+
+def _raises(out, lse, call):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    "change", [_constant, _unwritten, _base_two, _infinite_for_empty_rows, _without_the_mask, _raises]
+)
+def test_wrong_kernels_are_found(change, on_cpu):
+    backend, _ = on_cpu("flash_varlen", "flash_attn-2.8.3")
+    [reason] = self_test.reasons(altered(backend, change), spec())
+    assert reason.code == "self_test" and reason.fix
+
+
+def test_verdict_is_kept_per_dtype_and_head_dim(on_cpu):
+    backend, _ = on_cpu("flash", "flash_attn-2.8.3")
+    runs = []
+    counting = altered(backend, lambda out, lse, call: (runs.append(call), AttentionOutput(out, lse))[1])
+    for _ in range(3):
+        self_test.reasons(counting, spec())
+    assert len(runs) == 1
+    self_test.reasons(counting, spec(head_dim=128))
+    self_test.reasons(counting, spec(dtype=torch.float16))
+    assert len(runs) == 3
+
+
+def test_it_can_be_switched_off(on_cpu, monkeypatch):
+    backend, _ = on_cpu("flash", "flash_attn-2.8.3")
+    monkeypatch.setenv("ATTENTION_DISPATCH_SELF_TEST", "0")
+    assert self_test.reasons(altered(backend, _constant), spec()) == ()
+
+
+def test_it_leaves_random_numbers_and_gradients_alone(on_cpu):
+    backend, _ = on_cpu("flash", "flash_attn-2.8.3")
+    state = torch.get_rng_state()
+    self_test.reasons(backend, spec())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+def test_nothing_is_run_for_a_device_that_is_not_here(on_cpu):
+    backend, _ = on_cpu("flash", "flash_attn-2.8.3")
+    elsewhere = spec()._replace(device="cuda", architecture="sm_00")
+    assert self_test.reasons(altered(backend, _raises), elsewhere) == ()
+
+
+def _break() -> None:
+    """Let every function of the loaded source leave its output unwritten, as SageAttention 2.2.0 does on Hopper."""
+    for functions in source._loaded.values():
+        for name in functions:
+            functions[name] = _writes_nothing
+
+
+def _writes_nothing(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False):
+    out = torch.full_like(q, float("nan"))
+    return (out, torch.zeros(q.shape[0], q.shape[2], q.shape[1])) if return_lse else out
+
+
+def test_unwritten_output_of_sage_on_hopper_is_found(on_cpu):
+    backend, _ = on_cpu("_sage_qk_int8_pv_fp8_cuda_sm90", "sageattention-2.2.0")
+    backend.load()
+    _break()
+    [reason] = self_test.reasons(backend, spec())
+    assert "not finite" in reason.what
+
+
+@pytest.mark.xfail(strict=True, reason="resolve.verdict_on does not ask self_test.reasons yet")
+def test_a_broken_kernel_is_refused_and_passed_over(on_cpu):
+    backend, _ = on_cpu("sage_hub", "hub-sage_attention-v1")
+    backend.load()
+    _break()
+    query, key, value = torch.randn(3, 1, 8, 2, 64).to(torch.bfloat16).unbind(0)
+    with pytest.raises(BackendRejectedError) as caught:
+        dispatch_attention_fn(query, key, value, backend="sage_hub")
+    assert caught.value.codes == ("self_test",)
+    assert dispatch_attention_fn(query, key, value, backend=["sage_hub", "native"]).isfinite().all()
+
+
+def test_builds_that_only_a_test_can_tell_apart_need_the_self_test(monkeypatch):
+    monkeypatch.setattr(known_bad, "installed_version", lambda distribution: "2.2.0")
+    hopper = spec()._replace(device="cuda", architecture="sm_90")
+    assert known_bad.reasons("sage", hopper) == ()
+    assert len(known_bad.notes("sage", hopper)) == 1
+    monkeypatch.setenv("ATTENTION_DISPATCH_SELF_TEST", "0")
+    [reason] = known_bad.reasons("sage", hopper)
+    assert reason.code == "known_bad" and "github.com/thu-ml/SageAttention" in reason.what
+    monkeypatch.setattr(known_bad, "installed_version", lambda distribution: "2.1.1")
+    assert known_bad.reasons("sage", hopper) == ()
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "facts", "refused"),
+    [
+        ("_native_cudnn", "2.12.1", {"architecture": "sm_100", "kv_heads": 2}, True),
+        ("_native_cudnn", "2.12.1", {"architecture": "sm_100", "kv_heads": 8}, False),
+        ("_native_cudnn", "2.12.1", {"architecture": "sm_90", "kv_heads": 2}, False),
+        ("_native_cudnn", "2.14.0", {"architecture": "sm_100", "kv_heads": 2}, False),
+        ("_native_cudnn", "2.13.0+cu130", {"architecture": "sm_90", "grad": True, "mask": "bool"}, True),
+        ("_native_cudnn", "2.13.0+cu130", {"architecture": "sm_90", "grad": True}, False),
+        ("native", "2.12.1", {"architecture": "sm_100", "kv_heads": 2}, False),
+        ("flex", "2.11.0", {"lse": True, "options": ("kernel_options",)}, True),
+        ("flex", "2.13.0", {"lse": True, "options": ("kernel_options",)}, False),
+    ],
+)
+def test_known_bad_rows(backend, version, facts, refused, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    found = known_bad.reasons(backend, spec()._replace(device="cuda", **facts))
+    assert bool(found) is refused
+
+
+def test_every_known_bad_row_links_its_report():
+    assert all(entry.url.startswith("https://") and entry.fix.endswith(".") for entry in known_bad.KNOWN_BAD)
