@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
 
 import torch
 
@@ -29,7 +29,8 @@ KERNELS_INSTALL = "pip install 'kernels>=0.12'"
 _EXIT_TIMEOUT_S = 120.0
 
 
-class Package(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Package:
     """A package that users install.
 
     Attributes:
@@ -83,7 +84,8 @@ class Package(NamedTuple):
         return _checked(self.label, module, self.functions, self.parameter, self.install)
 
 
-class HubKernel(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class HubKernel:
     """A kernel of the Hugging Face Hub, pinned to a version."""
 
     repository: str
