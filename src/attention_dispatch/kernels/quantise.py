@@ -1,0 +1,219 @@
+"""Quantisation for sage_attention: smoothed INT8 keys, and values in E4M3, transposed, in two launches.
+
+Scheme: SageAttention 2 (https://arxiv.org/abs/2411.10958), with coarser key blocks and finer queries. Softmax does not change
+when one vector is subtracted from all keys, so any vector may serve as the "mean"; it is taken from up to 1,024 tokens
+spread over the sequence, which spares a pass over K. Keys get one scale per block of 128, values one per channel. Queries
+are quantised per token inside the attention kernel.
+
+Values are stored (head_dim, seq) because 8-bit tensor-core products on Hopper want both operands contiguous along the
+summed dimension, and each 16 tokens are stored in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: then the registers that
+hold a row of P after the first product are, unmoved, the operand of the second.
+
+Numeric hazards: a scale is NaN when its block holds NaN or inf, so that these reach the output; a block of zeros gets a
+small positive scale; keys hidden by a padding mask count as zero and may hold anything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import as_bytes, padded_head_dim, padding_strides
+
+KEY_BLOCK = 128
+_MEAN_PARTS = 16
+_PART_ROWS = 64
+_E4M3_MAX = 448.0
+# Far below any score that matters, far above float32 underflow of 127 / amax.
+_LEAST_AMAX = tl.constexpr(1e-30)
+# 1.5 * 2^23: adding it to |x| < 2^22 rounds x to an integer, whose two's complement is then the low bits of the float.
+ROUND_SHIFT = tl.constexpr(12582912.0)
+
+
+class QuantisedKeyValue(NamedTuple):
+    """`key` int8 (B·Hkv, S128, D), `key_scale` (B·Hkv, blocks), `key_mean` (B·Hkv, D); `value` float8 (B·Hkv, Dv, S128),
+    `value_scale` (B·Hkv, Dv) and `value_mean` (B·Hkv, Dv), each None if not asked for. S128 is Sk rounded up to blocks of
+    128, D and Dv are rounded up to powers of two."""
+
+    key: Tensor
+    key_scale: Tensor
+    key_mean: Tensor
+    value: Tensor | None
+    value_scale: Tensor | None
+    value_mean: Tensor | None
+
+
+@triton.jit
+def quantise_int8(x, amax):
+    """x · 127 / amax rounded to nearest, as int8; amax broadcasts against x."""
+    return (x * (127.0 / tl.maximum(amax, _LEAST_AMAX)) + ROUND_SHIFT).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def poisoned_scale(amax, total):
+    """amax / 127, or NaN where the sum of magnitudes shows that NaN or inf was among them (maxima skip NaN)."""
+    return tl.maximum(amax, _LEAST_AMAX) / 127.0 + total * 0.0
+
+
+@triton.jit
+def statistics_kernel(
+    key, value, key_padding, mean_parts, value_parts, value_amax,
+    stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_pb, stride_pn,
+    heads_kv, seq_k, head_dim, head_dim_v, sample_step, samples,
+    PAD_D: tl.constexpr, PAD_DV: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PART_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sums of sampled keys (with their number in the last column) and per-channel maxima of |V|."""
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    batch_head = batch * heads_kv + head
+    if key_padding is not None:
+        key_padding += batch * stride_pb
+    if block < PARTS:
+        columns = tl.arange(0, PAD_D)
+        sample = block * PART_ROWS + tl.arange(0, PART_ROWS)
+        keys = sample.to(tl.int64) * sample_step
+        inside = (sample < samples) & (keys < seq_k)
+        if key_padding is not None:
+            inside = inside & (tl.load(key_padding + keys * stride_pn, mask=inside, other=0) != 0)
+        rows = key + batch * stride_kb + head * stride_kh + keys[:, None] * stride_kn
+        # (PART_ROWS, PAD_D)
+        k = tl.load(rows + columns[None, :] * stride_kd, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
+        target = mean_parts + (batch_head * PARTS + block) * (PAD_D + 1)
+        tl.store(target + columns, tl.sum(k.to(tl.float32), axis=0))
+        tl.store(target + PAD_D, tl.sum(inside.to(tl.float32), axis=0))
+        if value_parts is not None:
+            columns_v = tl.arange(0, PAD_DV)
+            rows = value + batch * stride_vb + head * stride_vh + keys[:, None] * stride_vn
+            # (PART_ROWS, PAD_DV)
+            v = tl.load(rows + columns_v[None, :] * stride_vd, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
+            tl.store(value_parts + (batch_head * PARTS + block) * PAD_DV + columns_v, tl.sum(v.to(tl.float32), axis=0))
+    if value_amax is not None:
+        columns_v = tl.arange(0, PAD_DV)
+        tokens = block * ROWS + tl.arange(0, ROWS)
+        wide = tokens.to(tl.int64)
+        inside = tokens < seq_k
+        if key_padding is not None:
+            inside = inside & (tl.load(key_padding + wide * stride_pn, mask=inside, other=0) != 0)
+        rows = value + batch * stride_vb + head * stride_vh + wide[:, None] * stride_vn
+        # (ROWS, PAD_DV)
+        v = tl.load(rows + columns_v[None, :] * stride_vd, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
+        # As integers, the bits of non-negative floats order like the floats, with inf and then NaN on top.
+        bits = tl.abs(v.to(tl.float32)).to(tl.int32, bitcast=True)
+        tl.atomic_max(value_amax + batch_head * PAD_DV + columns_v, tl.max(bits, axis=0), sem="relaxed")
+
+
+@triton.jit
+def quantise_kernel(
+    key, value, key_padding, mean_parts, value_parts, value_amax,
+    key_out, key_scale, key_mean, value_out, value_scale, value_mean,
+    stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_pb, stride_pn,
+    heads_kv, seq_k, head_dim, head_dim_v, num_blocks,
+    PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, E4M3_MAX: tl.constexpr,
+):  # fmt: skip
+    """Even programs quantise one block of K, odd ones one block of V (all of them K when there is no V to do)."""
+    if value_out is not None:
+        # Backwards: what the statistics pass read last is still in L2.
+        block = num_blocks - 1 - tl.program_id(0) // 2
+        is_key = tl.program_id(0) % 2 == 0
+    else:
+        block = tl.program_id(0)
+        is_key = True
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    batch_head = batch * heads_kv + head
+    if key_padding is not None:
+        key_padding += batch * stride_pb
+    position = tl.arange(0, BLOCK)
+    if is_key:
+        columns = tl.arange(0, PAD_D)
+        tokens = (block * BLOCK + position).to(tl.int64)
+        inside = tokens < seq_k
+        if key_padding is not None:
+            inside = inside & (tl.load(key_padding + tokens * stride_pn, mask=inside, other=0) != 0)
+        rows = key + batch * stride_kb + head * stride_kh + tokens[:, None] * stride_kn
+        # (BLOCK, PAD_D)
+        k = tl.load(rows + columns[None, :] * stride_kd, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
+        parts = mean_parts + (batch_head * PARTS + tl.arange(0, PARTS)) * (PAD_D + 1)
+        # (PARTS, PAD_D)
+        total = tl.sum(tl.load(parts[:, None] + columns[None, :]), axis=0)
+        mean = total / tl.maximum(tl.sum(tl.load(parts + PAD_D), axis=0), 1.0)
+        k = tl.where(inside[:, None], k.to(tl.float32) - mean[None, :], 0.0)
+        magnitude = tl.abs(k)
+        amax = tl.max(tl.max(magnitude, axis=1), axis=0)
+        scale = poisoned_scale(amax, tl.sum(tl.sum(magnitude, axis=1), axis=0))
+        tl.store(key_out + (batch_head * num_blocks * BLOCK + tokens[:, None]) * PAD_D + columns[None, :], quantise_int8(k, amax))
+        tl.store(key_scale + batch_head * num_blocks + block, scale)
+        if block == 0:
+            tl.store(key_mean + batch_head * PAD_D + columns, mean)
+    elif value_out is not None:
+        columns_v = tl.arange(0, PAD_DV)
+        # position 16a + 4c + 2b + d holds token 16a + 8b + 2c + d
+        token = position // 16 * 16 + position % 4 // 2 * 8 + position % 16 // 4 * 2 + position % 2
+        tokens = (block * BLOCK + token).to(tl.int64)
+        inside = tokens < seq_k
+        if key_padding is not None:
+            inside = inside & (tl.load(key_padding + tokens * stride_pn, mask=inside, other=0) != 0)
+        rows = value + batch * stride_vb + head * stride_vh + tokens[:, None] * stride_vn
+        # (BLOCK, PAD_DV)
+        v = tl.load(rows + columns_v[None, :] * stride_vd, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
+        amax = tl.load(value_amax + batch_head * PAD_DV + columns_v).to(tl.float32, bitcast=True)
+        v = v.to(tl.float32)
+        if value_parts is not None:
+            part = tl.arange(0, PARTS)
+            sampled = tl.sum(tl.load(mean_parts + (batch_head * PARTS + part) * (PAD_D + 1) + PAD_D), axis=0)
+            parts = value_parts + (batch_head * PARTS + part[:, None]) * PAD_DV + columns_v[None, :]
+            mean = tl.sum(tl.load(parts), axis=0) / tl.maximum(sampled, 1.0)
+            v = tl.where(inside[:, None], v - mean[None, :], 0.0)
+            # A bound on |v - mean| serves as well: E4M3 keeps its relative precision over five decades.
+            amax += tl.abs(mean)
+            if block == 0:
+                tl.store(value_mean + batch_head * PAD_DV + columns_v, mean)
+        # NaN and inf turn into NaN here, through inf * 0 or NaN * 0.
+        scale = tl.maximum(amax, _LEAST_AMAX) / E4M3_MAX + amax * 0.0
+        v8 = (v * (E4M3_MAX / tl.maximum(amax, _LEAST_AMAX))[None, :]).to(value_out.dtype.element_ty)
+        channels = value_out + (batch_head * PAD_DV + columns_v[:, None]) * (num_blocks * BLOCK)
+        tl.store(channels + (block * BLOCK + position)[None, :], tl.trans(v8))
+        if block == 0:
+            tl.store(value_scale + batch_head * PAD_DV + columns_v, scale)
+
+
+def quantise_key_value(key: Tensor, value: Tensor, key_padding: Tensor | None, fp8_value: bool, smooth_v: bool) -> QuantisedKeyValue:
+    """Smoothed INT8 keys, and E4M3 values (smoothed too with `smooth_v`) unless `fp8_value` is false, of (B, Sk, Hkv, D) and (B, Sk, Hkv, Dv) tensors."""
+    batch, seq_k, heads_kv, head_dim = key.shape
+    head_dim_v = value.shape[3]
+    device = key.device
+    pad_d, pad_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
+    rows = batch * heads_kv
+    blocks = triton.cdiv(seq_k, KEY_BLOCK)
+    mean_parts = torch.empty((rows, _MEAN_PARTS, pad_d + 1), dtype=torch.float32, device=device)
+    key_out = torch.empty((rows, blocks * KEY_BLOCK, pad_d), dtype=torch.int8, device=device)
+    key_scale = torch.empty((rows, blocks), dtype=torch.float32, device=device)
+    key_mean = torch.empty((rows, pad_d), dtype=torch.float32, device=device)
+    value_out = value_scale = value_amax = value_parts = value_mean = None
+    if fp8_value:
+        value_out = torch.empty((rows, pad_dv, blocks * KEY_BLOCK), dtype=torch.float8_e4m3fn, device=device)
+        value_scale = torch.empty((rows, pad_dv), dtype=torch.float32, device=device)
+        value_amax = torch.zeros((rows, pad_dv), dtype=torch.int32, device=device)
+        if smooth_v:
+            value_parts = torch.empty((rows, _MEAN_PARTS, pad_dv), dtype=torch.float32, device=device)
+            value_mean = torch.empty((rows, pad_dv), dtype=torch.float32, device=device)
+    samples = min(seq_k, _MEAN_PARTS * _PART_ROWS)
+    strides = (*key.stride(), *value.stride(), *padding_strides(key_padding, batch, seq_k))
+    padding = as_bytes(key_padding)
+    statistics_kernel[(max(blocks, _MEAN_PARTS) if fp8_value else _MEAN_PARTS, heads_kv, batch)](
+        key, value, padding, mean_parts, value_parts, value_amax, *strides, heads_kv, seq_k, head_dim, head_dim_v,
+        triton.cdiv(seq_k, samples), samples,
+        PAD_D=pad_d, PAD_DV=pad_dv, ROWS=KEY_BLOCK, PARTS=_MEAN_PARTS, PART_ROWS=_PART_ROWS, num_warps=4,
+    )  # fmt: skip
+    quantise_kernel[(2 * blocks if fp8_value else blocks, heads_kv, batch)](
+        key, value, padding, mean_parts, value_parts, value_amax,
+        key_out, key_scale, key_mean, value_out, value_scale, value_mean,
+        *strides, heads_kv, seq_k, head_dim, head_dim_v, blocks,
+        PAD_D=pad_d, PAD_DV=pad_dv, BLOCK=KEY_BLOCK, PARTS=_MEAN_PARTS, E4M3_MAX=_E4M3_MAX, num_warps=4,
+    )  # fmt: skip
+    return QuantisedKeyValue(key_out, key_scale, key_mean, value_out, value_scale, value_mean)
