@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from family_rows import BACKENDS
 
 from attention_dispatch import registry, self_test
 from attention_dispatch.backends import source
 from attention_dispatch.registry import Backend, register_backend, unregister_backend
 
-# The packages contracts and fakes lie beside this folder, whichever folder pytest was started for.
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from family_rows import BACKENDS
+# The packages contracts and fakes lie beside this folder. Last, so that no folder of tests hides a library.
+sys.path.append(str(Path(__file__).parents[1]))
 
 from contracts import load_record
 from fakes import FakeCalls, installed, kernel_repository, local_kernels

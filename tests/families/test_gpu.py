@@ -160,7 +160,11 @@ def test_fullgraph(name):
             assert relative_error(one, other) <= 2 * bound(backend, out.dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if "key_padding" in BACKENDS[name].capabilities[0].masks])
+# SageAttention sizes its scales by a value that it reads back from the device.
+@pytest.mark.parametrize(
+    "name",
+    [name for name in BACKENDS if "key_padding" in BACKENDS[name].capabilities[0].masks and name != "sage_varlen"],
+)
 def test_packing_does_not_wait_for_the_device(name):
     available(name)
     tensors, mask, options, _ = call_of(mask="padding")

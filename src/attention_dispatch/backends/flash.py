@@ -124,7 +124,8 @@ def _forward(variant: _Variant) -> Callable[[AttentionCall], AttentionOutput]:
             return _packed_forward(variant, call)
         key, value, is_causal, left, right = _bottom_right(call)
         arguments = _arguments(call, is_causal, left, right)
-        out, lse = traced.run(variant.name, *_padded(variant, call.query, key, value), (), arguments)
+        query, key, value = _padded(variant, call.query, key, value)
+        out, lse = traced.run(variant.name, query, key, value, (), arguments)
         return AttentionOutput(out[..., : call.value.shape[3]], lse)
 
     return forward
@@ -140,6 +141,7 @@ def _packed_forward(variant: _Variant, call: AttentionCall) -> AttentionOutput:
         key, value = key.flatten(0, 1), value.flatten(0, 1)
         key_starts = packing.uniform_starts(batch, k_len, device)
     else:
+        assert call.mask.tensor is not None
         keys = packing.pack_keys(call.mask.tensor, batch)
         key, value = packing.packed(key, keys), packing.packed(value, keys)
         key_starts, empty = keys.starts, keys.empty

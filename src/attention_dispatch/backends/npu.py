@@ -78,14 +78,16 @@ def _masks(call: AttentionCall) -> tuple[Tensor | None, Tensor | None, int]:
     if call.mask is None and call.window_size == FULL_WINDOW:
         return (_triangle(device), None, _LEFT_UP_CAUSAL) if call.is_causal else (None, None, _DENSE)
     if call.mask is None or call.mask.kind != "bias":
-        hidden = ~adapt.as_dense_mask(call)
-        return _shaped(hidden, batch, q_len, k_len), None, _DENSE
+        kept = adapt.as_dense_mask(call)
+        assert kept is not None
+        return _shaped(~kept, batch, q_len, k_len), None, _DENSE
     bias = call.mask.tensor
-    hidden = bias == float("-inf")
+    assert bias is not None
+    hidden = torch.isneginf(bias)
     if call.is_causal or call.window_size != FULL_WINDOW:
         hidden = hidden | ~keep_matrix(q_len, k_len, call.is_causal, call.window_size, device)
     # The kernel scales q @ k + pse; an infinite pse is not documented, so those keys are hidden instead.
-    bias = (bias.masked_fill(bias == float("-inf"), 0.0) / call.scale).to(call.query.dtype)
+    bias = (bias.masked_fill(torch.isneginf(bias), 0.0) / call.scale).to(call.query.dtype)
     return _shaped(hidden, batch, q_len, k_len), bias.expand(batch, heads, q_len, k_len), _DENSE
 
 

@@ -167,6 +167,7 @@ def _packed_forward(variant: _Variant, call: AttentionCall, arguments: Arguments
         key, value = call.key.flatten(0, 1), call.value.flatten(0, 1)
         key_starts = packing.uniform_starts(batch, k_len, device)
     else:
+        assert call.mask.tensor is not None
         keys = packing.pack_keys(call.mask.tensor, batch)
         key, value = packing.packed(call.key, keys), packing.packed(call.value, keys)
         key_starts, empty = keys.starts, keys.empty
@@ -180,15 +181,17 @@ def _packed_forward(variant: _Variant, call: AttentionCall, arguments: Arguments
 def _mask(call: AttentionCall) -> Tensor:
     """The mask as the Triton kernel reads it: scores are in units of log 2 there, and -inf would turn into NaN."""
     mask = adapt.as_dense_mask(call)
+    assert mask is not None
     if mask.dtype == torch.bool:
         return mask
     dtype = call.query.dtype
     # -3e4 is far below any score, and far enough from the end of float16.
-    return derived(mask, ("log2", dtype), lambda: (mask * _LOG2_E).clamp(min=-3e4).to(dtype))
+    return derived(mask, ("log2", dtype), lambda: torch.mul(mask, _LOG2_E).clamp(min=-3e4).to(dtype))
 
 
 def _without_empty_rows(call: AttentionCall, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
     empty = adapt.rows_without_key(call)
+    assert empty is not None
     out = out.masked_fill(empty.transpose(1, 2)[..., None], 0.0)
     return out, None if lse is None else lse.masked_fill(empty, float("-inf"))
 

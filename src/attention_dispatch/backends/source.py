@@ -252,11 +252,11 @@ def probe_in_child(name: str, timeout_s: float = _EXIT_TIMEOUT_S) -> tuple[Reaso
 
 
 def _checked(label: str, module: object, names: tuple[str, ...], parameter: str, install: str) -> dict[str, Callable]:
-    found = {name: getattr(module, name, None) for name in names}
-    missing = [name for name, function in found.items() if function is None]
+    missing = [name for name in names if not callable(getattr(module, name, None))]
     if missing:
         what = f"{label} has no function {', '.join(missing)}"
         raise _unavailable(label, Reason("version", what, f"update it: {install}"))
+    found: dict[str, Callable] = {name: getattr(module, name) for name in names}
     if parameter and any(parameter not in parameters(function) for function in found.values()):
         what = f"{label} is an older copy: its functions have no parameter {parameter}"
         raise _unavailable(label, Reason("version", what, f"update it: {install}"))

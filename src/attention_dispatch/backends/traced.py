@@ -89,7 +89,7 @@ def _flat(arguments: Arguments) -> tuple:
 
 
 def _rebuilt(flat: tuple) -> Arguments:
-    return Arguments(*flat[:-2], tuple(flat[-2]), tuple(flat[-1]))
+    return Arguments._make((*flat[:-2], tuple(flat[-2]), tuple(flat[-1])))
 
 
 def _rng_state(device: torch.device) -> Tensor:
@@ -114,16 +114,16 @@ def _backward(
         if arguments.dropout_p:
             torch.cuda.set_rng_state(rng_state, device) if device.type == "cuda" else torch.set_rng_state(rng_state)
         with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-            out, _lse = _bodies[name](*leaves, (a, b, c, d), arguments)
-            gradients = torch.autograd.grad(out, leaves, grad_out)
-    return tuple(gradient.contiguous() for gradient in gradients)
+            query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+            out, _lse = _bodies[name](query, key, value, (a, b, c, d), arguments)
+            grad_query, grad_key, grad_value = torch.autograd.grad(out, (query, key, value), grad_out)
+    return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous()
 
 
 def _forward_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, a, b, c, d, *flat):
     arguments = _rebuilt(flat)
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    shape = (0,)
+    shape: tuple[int, ...] = (0,)
     if arguments.return_lse:
         heads = query.shape[-2]
         shape = (query.shape[0], heads, query.shape[1]) if query.dim() == 4 else (heads, query.shape[0])
