@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import adapt
 from .call import AttentionCall
-from .masks import derived
+from .masks import Mask, derived
 
 
 class PackedKeys(NamedTuple):
@@ -73,6 +73,30 @@ def packed(tensor: Tensor, packing: PackedKeys) -> Tensor:
     if torch.is_grad_enabled() and rows.requires_grad:
         rows = torch.where(packing.kept[:, None, None], rows, 0.0)
     return rows
+
+
+class Sequences(NamedTuple):
+    """A call laid end to end: q (B * Q, H, D), k and v (B * K, G, D), int32 starts, and samples without a key."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    empty: Tensor | None
+
+
+def sequences(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Sequences:
+    """BSHD tensors as packed sequences; with a key-padding mask, of the kept keys only."""
+    batch, q_len, _, _ = query.shape
+    query_starts = uniform_starts(batch, q_len, query.device)
+    query = query.flatten(0, 1)
+    if mask is None:
+        key_starts = uniform_starts(batch, key.shape[1], key.device)
+        return Sequences(query, key.flatten(0, 1), value.flatten(0, 1), query_starts, key_starts, None)
+    assert mask.tensor is not None
+    keys = pack_keys(mask.tensor, batch)
+    return Sequences(query, packed(key, keys), packed(value, keys), query_starts, keys.starts, keys.empty)
 
 
 def uniform_starts(batch: int, length: int, device: torch.device) -> Tensor:

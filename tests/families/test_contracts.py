@@ -128,6 +128,11 @@ def test_defaults_that_differ_between_vendors(name, function, parameter, default
     assert parameters[parameter].default == default
 
 
+@pytest.mark.parametrize("name", ["kernels-0.12.3", "kernels-0.17.2"])
+def test_a_hub_kernel_can_be_pinned_to_a_version_in_every_supported_library(name):
+    assert {"repo_id", "version"} <= set(load_record(name).functions["get_kernel"].signature.parameters)
+
+
 def test_only_the_newest_flash_3_can_be_asked_for_its_lse():
     with_argument = [
         name

@@ -134,20 +134,10 @@ def _forward(variant: _Variant) -> Callable[[AttentionCall], AttentionOutput]:
 def _packed_forward(variant: _Variant, call: AttentionCall) -> AttentionOutput:
     batch, q_len, _, _ = call.query.shape
     key, value, is_causal, left, right = _bottom_right(call)
-    k_len, device = key.shape[1], call.query.device
     query, key, value = _padded(variant, call.query, key, value)
-    empty = None
-    if call.mask is None:
-        key, value = key.flatten(0, 1), value.flatten(0, 1)
-        key_starts = packing.uniform_starts(batch, k_len, device)
-    else:
-        assert call.mask.tensor is not None
-        keys = packing.pack_keys(call.mask.tensor, batch)
-        key, value = packing.packed(key, keys), packing.packed(value, keys)
-        key_starts, empty = keys.starts, keys.empty
-    arguments = _arguments(call, is_causal, left, right)._replace(longest_query=q_len, longest_key=k_len)
-    query_starts = packing.uniform_starts(batch, q_len, device)
-    out, lse = traced.run(variant.name, query.flatten(0, 1), key, value, (query_starts, key_starts), arguments)
+    arguments = _arguments(call, is_causal, left, right)._replace(longest_query=q_len, longest_key=key.shape[1])
+    query, key, value, *starts, empty = packing.sequences(query, key, value, call.mask)
+    out, lse = traced.run(variant.name, query, key, value, tuple(starts), arguments)
     out = out.unflatten(0, (batch, q_len))[..., : call.value.shape[3]]
     if lse is not None:
         lse = lse.unflatten(1, (batch, q_len)).transpose(0, 1)
@@ -163,11 +153,13 @@ def _padded(variant: _Variant, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _bind(variant: _Variant) -> Callable[[AttentionCall], Callable[[Tensor, Tensor, Tensor], Tensor] | None]:
     def bind(call: AttentionCall) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        head_dim, head_dim_v = call.query.shape[3], call.value.shape[3]
-        plain = not call.is_causal and call.mask is None and call.window_size == FULL_WINDOW and not call.return_lse
-        if variant.varlen or not plain or (variant.generation != 2 and (head_dim % 8 or head_dim_v % 8)):
+        padded = variant.generation != 2 and (call.query.shape[3] % 8 or call.value.shape[3] % 8)
+        if variant.varlen or padded or call.mask is not None or call.window_size != FULL_WINDOW or call.return_lse:
             return None
-        body, arguments = _bodies[variant.name], _arguments(call, False, -1, -1)
+        body, arguments = _bodies[variant.name], _arguments(call, call.is_causal, -1, -1)
+        q_len = call.query.shape[1]
+        if call.is_causal and call.key.shape[1] > q_len:
+            return lambda query, key, value: body(query, key[:, :q_len], value[:, :q_len], (), arguments)[0]
         return lambda query, key, value: body(query, key, value, (), arguments)[0]
 
     return bind

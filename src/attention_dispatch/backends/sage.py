@@ -161,19 +161,9 @@ def _forward(variant: _Variant) -> Callable[[AttentionCall], AttentionOutput]:
 
 def _packed_forward(variant: _Variant, call: AttentionCall, arguments: Arguments) -> AttentionOutput:
     batch, q_len, _, _ = call.query.shape
-    k_len, device = call.key.shape[1], call.query.device
-    empty = None
-    if call.mask is None:
-        key, value = call.key.flatten(0, 1), call.value.flatten(0, 1)
-        key_starts = packing.uniform_starts(batch, k_len, device)
-    else:
-        assert call.mask.tensor is not None
-        keys = packing.pack_keys(call.mask.tensor, batch)
-        key, value = packing.packed(call.key, keys), packing.packed(call.value, keys)
-        key_starts, empty = keys.starts, keys.empty
-    query_starts = packing.uniform_starts(batch, q_len, device)
-    arguments = arguments._replace(longest_query=q_len, longest_key=k_len)
-    out, _ = traced.run(variant.name, call.query.flatten(0, 1), key, value, (query_starts, key_starts), arguments)
+    arguments = arguments._replace(longest_query=q_len, longest_key=call.key.shape[1])
+    query, key, value, *starts, empty = packing.sequences(call.query, call.key, call.value, call.mask)
+    out, _ = traced.run(variant.name, query, key, value, tuple(starts), arguments)
     out = out.unflatten(0, (batch, q_len))
     return AttentionOutput(out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0))
 
