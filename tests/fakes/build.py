@@ -62,6 +62,7 @@ def _function(contract: FunctionContract, record: str, body: Callable, calls: Fa
 
     functools.update_wrapper(fake, SimpleNamespace(__name__=contract.name, __doc__=f"Fake of {record}"))
     fake.__signature__ = contract.signature
+    fake.fake_calls = calls
     return fake
 
 

@@ -16,10 +16,9 @@ from unittest import mock
 from contracts import load_record
 
 _BODY = '''"""Kernel built from a recorded contract."""
-from fakes.build import FakeCalls, functions
+from fakes.build import functions
 
-CALLS = FakeCalls()
-globals().update(functions({record!r}, CALLS))
+globals().update(functions({record!r}))
 '''
 
 

@@ -40,10 +40,8 @@ def _fake_package(record: str, directory) -> Iterator[FakeCalls]:
     contract = load_record(record)
     repository = kernel_repository(directory, record)
     with local_kernels({contract.distribution: repository}):
-        import kernels
-
-        module = kernels.get_kernel(contract.distribution, version=int(contract.version))
-        yield module.CALLS
+        functions = source.HubKernel(contract.distribution, int(contract.version), tuple(contract.functions)).load()
+        yield next(iter(functions.values())).fake_calls
 
 
 def forget_everything() -> None:

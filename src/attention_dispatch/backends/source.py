@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -114,10 +117,21 @@ class HubKernel:
             BackendUnavailableError: no build for this torch, offline and not cached, not trusted, or a broken build.
         """
         try:
-            module = importlib.import_module("kernels").get_kernel(self.repository, version=self.version)
+            module = self._import(importlib.import_module("kernels"))
         except Exception as error:  # the library raises its own, the Hub client's and the kernel's exceptions
             raise _unavailable(self.label, self._reason(error)) from error
         return _checked(self.label, module, self.functions, "", f"a newer version of {self.repository}")
+
+    def _import(self, library: Any) -> object:
+        if "backend" in parameters(library.get_kernel):
+            return library.get_kernel(self.repository, version=self.version)
+        # kernels 0.12 does not read LOCAL_KERNELS, and asks the Hub for the branch of a version even when offline.
+        for entry in os.environ.get("LOCAL_KERNELS", "").split(":"):
+            repository, _, path = entry.partition("=")
+            if repository == self.repository:
+                package = repository.rpartition("/")[2].replace("-", "_")
+                return library.get_local_kernel(Path(path), package)
+        return library.get_kernel(self.repository, revision=f"v{self.version}")
 
     def _reason(self, error: BaseException) -> Reason:
         elsewhere = f"point LOCAL_KERNELS={self.repository}=/path at a local build"
