@@ -293,6 +293,6 @@ def flash_attention_forward(
         heads, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v,
         BLOCK_M=block_m, BLOCK_N=block_n, PAD_D=pad_d, PAD_DV=pad_dv,
         HAS_LEFT=keys.left >= 0, HAS_RIGHT=keys.right >= 0, SOFTCAP=softcap > 0, NEGATE=scale < 0,
-        WIDE=needs_wide_offsets(key, value), PRECISION="ieee", STAGES=tile["STAGES"], num_warps=tile["WARPS"],
+        WIDE=needs_wide_offsets(key, value), PRECISION="ieee", STAGES=tile["STAGES"], **tile["options"],
     )  # fmt: skip
     return out, lse

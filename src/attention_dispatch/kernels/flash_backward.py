@@ -421,22 +421,22 @@ def flash_attention_backward(
     )  # fmt: skip
     settings = (scale * LOG2_E, softcap, keys.left, keys.right, dropout_p)
     sizes = (heads, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v)
-    flags = dict(
-        PAD_D=pad_d, PAD_DV=pad_dv, EVEN_D=pad_d == head_dim, EVEN_DV=pad_dv == head_dim_v,
-        HAS_LEFT=keys.left >= 0, HAS_RIGHT=keys.right >= 0, SOFTCAP=softcap > 0,
-        WIDE=needs_wide_offsets(query, key, value, grad_out) or max(query.numel(), key.numel(), value.numel()) >= 2**31,
-        PRECISION="ieee",
-    )  # fmt: skip
+    flags = {
+        "PAD_D": pad_d, "PAD_DV": pad_dv, "EVEN_D": pad_d == head_dim, "EVEN_DV": pad_dv == head_dim_v,
+        "HAS_LEFT": keys.left >= 0, "HAS_RIGHT": keys.right >= 0, "SOFTCAP": softcap > 0,
+        "WIDE": needs_wide_offsets(query, key, value, grad_out) or max(x.numel() for x in (query, key, value)) >= 2**31,
+        "PRECISION": "ieee",
+    }  # fmt: skip
     inputs = (query, key, value, grad_out, lse_log2, delta)
     key_tile, query_tile = backward_tiles(query, max(pad_d, pad_dv))
     key_gradient_kernel[(triton.cdiv(seq_k, key_tile["BLOCK_N"]) * batch * heads_kv,)](
         *inputs, dk, dv, *masks, *strides, scale, *settings, *sizes, **flags,
-        BLOCK_M=key_tile["BLOCK_M"], BLOCK_N=key_tile["BLOCK_N"], STAGES=key_tile["STAGES"], num_warps=key_tile["WARPS"],
+        BLOCK_M=key_tile["BLOCK_M"], BLOCK_N=key_tile["BLOCK_N"], STAGES=key_tile["STAGES"], **key_tile["options"],
     )  # fmt: skip
     query_gradient_kernel[(triton.cdiv(seq_q, query_tile["BLOCK_M"]) * batch * heads,)](
         *inputs, dq, *masks, *strides, scale, *settings, *sizes, **flags,
         BLOCK_M=query_tile["BLOCK_M"], BLOCK_N=query_tile["BLOCK_N"], STAGES=query_tile["STAGES"],
-        num_warps=query_tile["WARPS"],
+        **query_tile["options"],
     )  # fmt: skip
     if dbias is not None:
         block = 32 if query.dtype == torch.float32 else 64

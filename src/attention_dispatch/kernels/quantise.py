@@ -108,6 +108,73 @@ def statistics_kernel(
 
 
 @triton.jit
+def quantise_key_block(
+    key, key_padding, mean_parts, key_out, key_scale, key_mean, batch_head, block,
+    stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks,
+    PAD_D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Subtract the mean from one block of keys and store it as INT8 with one scale."""
+    columns = tl.arange(0, PAD_D)
+    tokens = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = tokens < seq_k
+    if key_padding is not None:
+        inside = inside & (tl.load(key_padding + tokens * stride_pn, mask=inside, other=0) != 0)
+    rows = key + tokens[:, None] * stride_kn + columns[None, :] * stride_kd
+    # (BLOCK, PAD_D)
+    k = tl.load(rows, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
+    parts = mean_parts + (batch_head * PARTS + tl.arange(0, PARTS)) * (PAD_D + 1)
+    # (PARTS, PAD_D)
+    total = tl.sum(tl.load(parts[:, None] + columns[None, :]), axis=0)
+    mean = total / tl.maximum(tl.sum(tl.load(parts + PAD_D), axis=0), 1.0)
+    k = tl.where(inside[:, None], k.to(tl.float32) - mean[None, :], 0.0)
+    magnitude = tl.abs(k)
+    amax = tl.max(tl.max(magnitude, axis=1), axis=0)
+    scale = poisoned_scale(amax, tl.sum(tl.sum(magnitude, axis=1), axis=0))
+    tl.store(key_out + (batch_head * num_blocks * BLOCK + tokens[:, None]) * PAD_D + columns[None, :], quantise_int8(k, amax))
+    tl.store(key_scale + batch_head * num_blocks + block, scale)
+    if block == 0:
+        tl.store(key_mean + batch_head * PAD_D + columns, mean)
+
+
+@triton.jit
+def quantise_value_block(
+    value, key_padding, mean_parts, value_parts, value_amax, value_out, value_scale, value_mean, batch_head, block,
+    stride_vn, stride_vd, stride_pn, seq_k, head_dim_v, num_blocks,
+    PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, E4M3_MAX: tl.constexpr,
+):  # fmt: skip
+    """Store one block of values as E4M3, transposed and in the token order that the second product wants."""
+    columns = tl.arange(0, PAD_DV)
+    position = tl.arange(0, BLOCK)
+    # position 16a + 4c + 2b + d holds token 16a + 8b + 2c + d
+    token = position // 16 * 16 + position % 4 // 2 * 8 + position % 16 // 4 * 2 + position % 2
+    tokens = (block * BLOCK + token).to(tl.int64)
+    inside = tokens < seq_k
+    if key_padding is not None:
+        inside = inside & (tl.load(key_padding + tokens * stride_pn, mask=inside, other=0) != 0)
+    rows = value + tokens[:, None] * stride_vn + columns[None, :] * stride_vd
+    # (BLOCK, PAD_DV)
+    v = tl.load(rows, mask=inside[:, None] & (columns[None, :] < head_dim_v), other=0.0).to(tl.float32)
+    amax = tl.load(value_amax + batch_head * PAD_DV + columns).to(tl.float32, bitcast=True)
+    if value_parts is not None:
+        part = tl.arange(0, PARTS)
+        sampled = tl.sum(tl.load(mean_parts + (batch_head * PARTS + part) * (PAD_D + 1) + PAD_D), axis=0)
+        parts = value_parts + (batch_head * PARTS + part[:, None]) * PAD_DV + columns[None, :]
+        mean = tl.sum(tl.load(parts), axis=0) / tl.maximum(sampled, 1.0)
+        v = tl.where(inside[:, None], v - mean[None, :], 0.0)
+        # A bound on |v - mean| serves as well: E4M3 keeps its relative precision over four decades.
+        amax += tl.abs(mean)
+        if block == 0:
+            tl.store(value_mean + batch_head * PAD_DV + columns, mean)
+    floor = tl.maximum(amax, _LEAST_AMAX)
+    v8 = (v * (E4M3_MAX / floor)[None, :]).to(value_out.dtype.element_ty)
+    channels = value_out + (batch_head * PAD_DV + columns[:, None]) * (num_blocks * BLOCK)
+    tl.store(channels + (block * BLOCK + position)[None, :], tl.trans(v8))
+    if block == 0:
+        # NaN and inf turn into NaN here, through inf * 0 or NaN * 0.
+        tl.store(value_scale + batch_head * PAD_DV + columns, floor / E4M3_MAX + amax * 0.0)
+
+
+@triton.jit
 def quantise_kernel(
     key, value, key_padding, mean_parts, value_parts, value_amax,
     key_out, key_scale, key_mean, value_out, value_scale, value_mean,
@@ -115,71 +182,33 @@ def quantise_kernel(
     heads_kv, seq_k, head_dim, head_dim_v, num_blocks,
     PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, E4M3_MAX: tl.constexpr,
 ):  # fmt: skip
-    """Even programs quantise one block of K, odd ones one block of V (all of them K when there is no V to do)."""
-    if value_out is not None:
-        # Backwards: what the statistics pass read last is still in L2.
-        block = num_blocks - 1 - tl.program_id(0) // 2
-        is_key = tl.program_id(0) % 2 == 0
-    else:
-        block = tl.program_id(0)
-        is_key = True
+    """One program per block of K and, where values are asked for, one per block of V: even and odd programs."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     batch_head = batch * heads_kv + head
+    key += batch * stride_kb + head * stride_kh
+    value += batch * stride_vb + head * stride_vh
     if key_padding is not None:
         key_padding += batch * stride_pb
-    position = tl.arange(0, BLOCK)
-    if is_key:
-        columns = tl.arange(0, PAD_D)
-        tokens = (block * BLOCK + position).to(tl.int64)
-        inside = tokens < seq_k
-        if key_padding is not None:
-            inside = inside & (tl.load(key_padding + tokens * stride_pn, mask=inside, other=0) != 0)
-        rows = key + batch * stride_kb + head * stride_kh + tokens[:, None] * stride_kn
-        # (BLOCK, PAD_D)
-        k = tl.load(rows + columns[None, :] * stride_kd, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
-        parts = mean_parts + (batch_head * PARTS + tl.arange(0, PARTS)) * (PAD_D + 1)
-        # (PARTS, PAD_D)
-        total = tl.sum(tl.load(parts[:, None] + columns[None, :]), axis=0)
-        mean = total / tl.maximum(tl.sum(tl.load(parts + PAD_D), axis=0), 1.0)
-        k = tl.where(inside[:, None], k.to(tl.float32) - mean[None, :], 0.0)
-        magnitude = tl.abs(k)
-        amax = tl.max(tl.max(magnitude, axis=1), axis=0)
-        scale = poisoned_scale(amax, tl.sum(tl.sum(magnitude, axis=1), axis=0))
-        tl.store(key_out + (batch_head * num_blocks * BLOCK + tokens[:, None]) * PAD_D + columns[None, :], quantise_int8(k, amax))
-        tl.store(key_scale + batch_head * num_blocks + block, scale)
-        if block == 0:
-            tl.store(key_mean + batch_head * PAD_D + columns, mean)
-    elif value_out is not None:
-        columns_v = tl.arange(0, PAD_DV)
-        # position 16a + 4c + 2b + d holds token 16a + 8b + 2c + d
-        token = position // 16 * 16 + position % 4 // 2 * 8 + position % 16 // 4 * 2 + position % 2
-        tokens = (block * BLOCK + token).to(tl.int64)
-        inside = tokens < seq_k
-        if key_padding is not None:
-            inside = inside & (tl.load(key_padding + tokens * stride_pn, mask=inside, other=0) != 0)
-        rows = value + batch * stride_vb + head * stride_vh + tokens[:, None] * stride_vn
-        # (BLOCK, PAD_DV)
-        v = tl.load(rows + columns_v[None, :] * stride_vd, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
-        amax = tl.load(value_amax + batch_head * PAD_DV + columns_v).to(tl.float32, bitcast=True)
-        v = v.to(tl.float32)
-        if value_parts is not None:
-            part = tl.arange(0, PARTS)
-            sampled = tl.sum(tl.load(mean_parts + (batch_head * PARTS + part) * (PAD_D + 1) + PAD_D), axis=0)
-            parts = value_parts + (batch_head * PARTS + part[:, None]) * PAD_DV + columns_v[None, :]
-            mean = tl.sum(tl.load(parts), axis=0) / tl.maximum(sampled, 1.0)
-            v = tl.where(inside[:, None], v - mean[None, :], 0.0)
-            # A bound on |v - mean| serves as well: E4M3 keeps its relative precision over five decades.
-            amax += tl.abs(mean)
-            if block == 0:
-                tl.store(value_mean + batch_head * PAD_DV + columns_v, mean)
-        # NaN and inf turn into NaN here, through inf * 0 or NaN * 0.
-        scale = tl.maximum(amax, _LEAST_AMAX) / E4M3_MAX + amax * 0.0
-        v8 = (v * (E4M3_MAX / tl.maximum(amax, _LEAST_AMAX))[None, :]).to(value_out.dtype.element_ty)
-        channels = value_out + (batch_head * PAD_DV + columns_v[:, None]) * (num_blocks * BLOCK)
-        tl.store(channels + (block * BLOCK + position)[None, :], tl.trans(v8))
-        if block == 0:
-            tl.store(value_scale + batch_head * PAD_DV + columns_v, scale)
+    if value_out is None:
+        quantise_key_block(
+            key, key_padding, mean_parts, key_out, key_scale, key_mean, batch_head, tl.program_id(0),
+            stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks, PAD_D, BLOCK, PARTS,
+        )  # fmt: skip
+    else:
+        # Backwards: what the statistics pass read last is still in L2.
+        block = num_blocks - 1 - tl.program_id(0) // 2
+        if tl.program_id(0) % 2 == 0:
+            quantise_value_block(
+                value, key_padding, mean_parts, value_parts, value_amax, value_out, value_scale, value_mean,
+                batch_head, block, stride_vn, stride_vd, stride_pn, seq_k, head_dim_v, num_blocks,
+                PAD_D, PAD_DV, BLOCK, PARTS, E4M3_MAX,
+            )  # fmt: skip
+        else:
+            quantise_key_block(
+                key, key_padding, mean_parts, key_out, key_scale, key_mean, batch_head, block,
+                stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks, PAD_D, BLOCK, PARTS,
+            )  # fmt: skip
 
 
 def quantise_key_value(key: Tensor, value: Tensor, key_padding: Tensor | None, fp8_value: bool, smooth_v: bool) -> QuantisedKeyValue:

@@ -205,36 +205,36 @@ def sage_forward_kernel(
     if LISTED:
         block_lists += batch * stride_lb * 2 * num_blocks
         block_counts += batch * stride_lb * 2 * (num_blocks + 1)
+    # Without a list of blocks: those that need a mask on the left, those that need none, those that need one on the right.
+    # With one: the full blocks, then the partial ones. Where every tile needs a mask, one walk over all.
     for part in tl.static_range(3):
         blocks = None
         if LISTED:
-            # The listed full blocks, then the listed partial ones.
-            SKIPPED: tl.constexpr = part == 0
-            TILE_MASKED: tl.constexpr = part == 2 or EVERY_TILE_MASKED or HAS_LEFT or HAS_RIGHT
             blocks = block_lists + (0 if part == 1 else num_blocks)
             counts = block_counts + (0 if part == 1 else num_blocks + 1)
             begin, end = tl.load(counts + first), tl.load(counts + last)
         elif EVERY_TILE_MASKED:
-            SKIPPED: tl.constexpr = part != 1
-            TILE_MASKED: tl.constexpr = True
             begin, end = first, last
+        elif part == 0:
+            begin, end = first, first_full
+        elif part == 1:
+            begin, end = first_full, last_full
         else:
-            SKIPPED: tl.constexpr = part == 0 and not HAS_LEFT
-            TILE_MASKED: tl.constexpr = part != 1
-            if part == 0:
-                begin, end = first, first_full
-            elif part == 1:
-                begin, end = first_full, last_full
-            else:
-                begin, end = last_full, last
-        if not SKIPPED:
+            begin, end = last_full, last
+        if (
+            part == 1
+            or (part == 2 and (LISTED or not EVERY_TILE_MASKED))
+            or (part == 0 and HAS_LEFT and not LISTED and not EVERY_TILE_MASKED)
+        ):
             accumulator, running_max, running_sum = visit_quantised_blocks(
                 accumulator, running_max, running_sum, q, row_scale, row_shift,
                 key, key_scale, value, key_tiles, value_tiles, key_padding, mask, bias, blocks,
                 begin, end, batch, head_kv, batch_head_kv * key_blocks * 128, batch_head_kv * PAD_DV, key_blocks, offsets_m,
                 stride_vn, stride_vd, stride_pn, stride_mm, stride_mn, stride_bm, stride_bn,
                 softcap, window_left, window_right, seq_q, seq_k, head_dim_v,
-                BLOCK_N, PAD_D, PAD_DV, FP8, TILE_MASKED, HAS_LEFT, HAS_RIGHT, SOFTCAP, WIDE, STAGES,
+                BLOCK_N, PAD_D, PAD_DV, FP8,
+                part != 1 or EVERY_TILE_MASKED or (LISTED and (HAS_LEFT or HAS_RIGHT)),
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, WIDE, STAGES,
             )  # fmt: skip
 
     result = accumulator * tl.where(running_sum == 0.0, 0.0, 1.0 / running_sum)[:, None]
@@ -333,6 +333,6 @@ def sage_attention_forward(
         abs(scale) * LOG2_E, softcap, keys.left, keys.right, heads, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v,
         BLOCK_M=block_m, BLOCK_N=block_n, PAD_D=pad_d, PAD_DV=pad_dv, FP8=fp8,
         HAS_LEFT=keys.left >= 0, HAS_RIGHT=keys.right >= 0, SOFTCAP=softcap > 0, NEGATE=scale < 0,
-        WIDE=needs_wide_offsets(value), STAGES=tile["STAGES"], num_warps=tile["WARPS"],
+        WIDE=needs_wide_offsets(value), STAGES=tile["STAGES"], **tile["options"],
     )  # fmt: skip
     return out, lse

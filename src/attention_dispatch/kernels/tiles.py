@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 
-def _tile(block_m: int, block_n: int, warps: int, stages: int, tma: bool = False) -> dict[str, Any]:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS": warps, "STAGES": stages, "TMA": tma}
+def _tile(
+    block_m: int, block_n: int, warps: int, stages: int, tma: bool = False, registers: int | None = None
+) -> dict[str, Any]:
+    """`registers` caps registers per thread, so that more programs fit on a multiprocessor."""
+    options = {"num_warps": warps} if registers is None else {"num_warps": warps, "maxnreg": registers}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "TMA": tma, "options": options}
 
 
 def forward_tile(query: Tensor, head_dim: int, plain: bool) -> dict[str, Any]:
