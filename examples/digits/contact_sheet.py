@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 4  # screen pixels per image pixel
-GAP = 2
+GAP = 4
 HEADER = 20
 PAPER, TEXT, MISREAD = "white", "black", "red"
 

@@ -90,7 +90,7 @@ def main() -> None:
     train(arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed, arguments.output)
 
     reader = DigitReader(load_scanned_digits())
-    asked = torch.arange(CLASSES).repeat(20)
+    asked = torch.arange(CLASSES).repeat(10)
     drawn = sample_digits(load_generator(arguments.output), asked, seed=1)
     print(f"wrote {arguments.output} ({arguments.output.stat().st_size / 1e6:.2f} MB)")
     print(f"the reader reads {reader.held_out_accuracy:.1%} of held-out real digits correctly")
