@@ -54,19 +54,25 @@ def quantise_int8(x, amax):
 
 
 @triton.jit
-def poisoned_scale(amax, total):
-    """amax / 127, or NaN where the sum of magnitudes shows that NaN or inf was among them (maxima skip NaN)."""
-    return tl.maximum(amax, _LEAST_AMAX) / 127.0 + total * 0.0
+def magnitude_bits(x):
+    """|x| as int32 bits: they order like the floats, with inf and then NaN on top, where float maxima skip NaN."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def poisoned_scale(amax, LEVELS: tl.constexpr):
+    """amax / LEVELS, or NaN where amax is NaN or inf."""
+    return tl.maximum(amax, _LEAST_AMAX) / LEVELS + amax * 0.0
 
 
 @triton.jit
 def statistics_kernel(
-    key, value, key_padding, mean_parts, value_parts, value_amax,
+    key, value, key_padding, mean_parts, part_counts, value_parts, value_amax,
     stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_pb, stride_pn,
     heads_kv, seq_k, head_dim, head_dim_v, sample_step, samples,
     PAD_D: tl.constexpr, PAD_DV: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PART_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of sampled keys (with their number in the last column) and per-channel maxima of |V|."""
+    """Sums and numbers of the sampled keys, in parts, and per-channel maxima of |V|."""
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -83,15 +89,15 @@ def statistics_kernel(
         rows = key + batch * stride_kb + head * stride_kh + keys[:, None] * stride_kn
         # (PART_ROWS, PAD_D)
         k = tl.load(rows + columns[None, :] * stride_kd, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
-        target = mean_parts + (batch_head * PARTS + block) * (PAD_D + 1)
-        tl.store(target + columns, tl.sum(k.to(tl.float32), axis=0))
-        tl.store(target + PAD_D, tl.sum(inside.to(tl.float32), axis=0))
+        part = batch_head * PARTS + block
+        tl.store(mean_parts + part * PAD_D + columns, tl.sum(k.to(tl.float32), axis=0))
+        tl.store(part_counts + part, tl.sum(inside.to(tl.float32), axis=0))
         if value_parts is not None:
             columns_v = tl.arange(0, PAD_DV)
             rows = value + batch * stride_vb + head * stride_vh + keys[:, None] * stride_vn
             # (PART_ROWS, PAD_DV)
             v = tl.load(rows + columns_v[None, :] * stride_vd, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
-            tl.store(value_parts + (batch_head * PARTS + block) * PAD_DV + columns_v, tl.sum(v.to(tl.float32), axis=0))
+            tl.store(value_parts + part * PAD_DV + columns_v, tl.sum(v.to(tl.float32), axis=0))
     if value_amax is not None:
         columns_v = tl.arange(0, PAD_DV)
         tokens = block * ROWS + tl.arange(0, ROWS)
@@ -102,14 +108,13 @@ def statistics_kernel(
         rows = value + batch * stride_vb + head * stride_vh + wide[:, None] * stride_vn
         # (ROWS, PAD_DV)
         v = tl.load(rows + columns_v[None, :] * stride_vd, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
-        # As integers, the bits of non-negative floats order like the floats, with inf and then NaN on top.
-        bits = tl.abs(v.to(tl.float32)).to(tl.int32, bitcast=True)
-        tl.atomic_max(value_amax + batch_head * PAD_DV + columns_v, tl.max(bits, axis=0), sem="relaxed")
+        bits = tl.max(magnitude_bits(v.to(tl.float32)), axis=0)
+        tl.atomic_max(value_amax + batch_head * PAD_DV + columns_v, bits, sem="relaxed")
 
 
 @triton.jit
 def quantise_key_block(
-    key, key_padding, mean_parts, key_out, key_scale, key_mean, batch_head, block,
+    key, key_padding, mean_parts, part_counts, key_out, key_scale, key_mean, batch_head, block,
     stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks,
     PAD_D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -122,25 +127,23 @@ def quantise_key_block(
     rows = key + tokens[:, None] * stride_kn + columns[None, :] * stride_kd
     # (BLOCK, PAD_D)
     k = tl.load(rows, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
-    parts = mean_parts + (batch_head * PARTS + tl.arange(0, PARTS)) * (PAD_D + 1)
+    parts = batch_head * PARTS + tl.arange(0, PARTS)
     # (PARTS, PAD_D)
-    total = tl.sum(tl.load(parts[:, None] + columns[None, :]), axis=0)
-    mean = total / tl.maximum(tl.sum(tl.load(parts + PAD_D), axis=0), 1.0)
+    total = tl.sum(tl.load(mean_parts + parts[:, None] * PAD_D + columns[None, :]), axis=0)
+    mean = total / tl.maximum(tl.sum(tl.load(part_counts + parts), axis=0), 1.0)
     k = tl.where(inside[:, None], k.to(tl.float32) - mean[None, :], 0.0)
-    magnitude = tl.abs(k)
-    amax = tl.max(tl.max(magnitude, axis=1), axis=0)
-    scale = poisoned_scale(amax, tl.sum(tl.sum(magnitude, axis=1), axis=0))
+    amax = tl.max(magnitude_bits(k)).to(tl.float32, bitcast=True)
     tl.store(key_out + (batch_head * num_blocks * BLOCK + tokens[:, None]) * PAD_D + columns[None, :], quantise_int8(k, amax))
-    tl.store(key_scale + batch_head * num_blocks + block, scale)
+    tl.store(key_scale + batch_head * num_blocks + block, poisoned_scale(amax, 127.0))
     if block == 0:
         tl.store(key_mean + batch_head * PAD_D + columns, mean)
 
 
 @triton.jit
 def quantise_value_block(
-    value, key_padding, mean_parts, value_parts, value_amax, value_out, value_scale, value_mean, batch_head, block,
+    value, key_padding, part_counts, value_parts, value_amax, value_out, value_scale, value_mean, batch_head, block,
     stride_vn, stride_vd, stride_pn, seq_k, head_dim_v, num_blocks,
-    PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, E4M3_MAX: tl.constexpr,
+    PAD_DV: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, E4M3_MAX: tl.constexpr,
 ):  # fmt: skip
     """Store one block of values as E4M3, transposed and in the token order that the second product wants."""
     columns = tl.arange(0, PAD_DV)
@@ -156,27 +159,25 @@ def quantise_value_block(
     v = tl.load(rows, mask=inside[:, None] & (columns[None, :] < head_dim_v), other=0.0).to(tl.float32)
     amax = tl.load(value_amax + batch_head * PAD_DV + columns).to(tl.float32, bitcast=True)
     if value_parts is not None:
-        part = tl.arange(0, PARTS)
-        sampled = tl.sum(tl.load(mean_parts + (batch_head * PARTS + part) * (PAD_D + 1) + PAD_D), axis=0)
-        parts = value_parts + (batch_head * PARTS + part[:, None]) * PAD_DV + columns[None, :]
-        mean = tl.sum(tl.load(parts), axis=0) / tl.maximum(sampled, 1.0)
+        parts = batch_head * PARTS + tl.arange(0, PARTS)
+        # (PARTS, PAD_DV)
+        total = tl.sum(tl.load(value_parts + parts[:, None] * PAD_DV + columns[None, :]), axis=0)
+        mean = total / tl.maximum(tl.sum(tl.load(part_counts + parts), axis=0), 1.0)
         v = tl.where(inside[:, None], v - mean[None, :], 0.0)
         # A bound on |v - mean| serves as well: E4M3 keeps its relative precision over four decades.
         amax += tl.abs(mean)
         if block == 0:
             tl.store(value_mean + batch_head * PAD_DV + columns, mean)
-    floor = tl.maximum(amax, _LEAST_AMAX)
-    v8 = (v * (E4M3_MAX / floor)[None, :]).to(value_out.dtype.element_ty)
+    v8 = (v * (E4M3_MAX / tl.maximum(amax, _LEAST_AMAX))[None, :]).to(value_out.dtype.element_ty)
     channels = value_out + (batch_head * PAD_DV + columns[:, None]) * (num_blocks * BLOCK)
     tl.store(channels + (block * BLOCK + position)[None, :], tl.trans(v8))
     if block == 0:
-        # NaN and inf turn into NaN here, through inf * 0 or NaN * 0.
-        tl.store(value_scale + batch_head * PAD_DV + columns, floor / E4M3_MAX + amax * 0.0)
+        tl.store(value_scale + batch_head * PAD_DV + columns, poisoned_scale(amax, E4M3_MAX))
 
 
 @triton.jit
 def quantise_kernel(
-    key, value, key_padding, mean_parts, value_parts, value_amax,
+    key, value, key_padding, mean_parts, part_counts, value_parts, value_amax,
     key_out, key_scale, key_mean, value_out, value_scale, value_mean,
     stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_pb, stride_pn,
     heads_kv, seq_k, head_dim, head_dim_v, num_blocks,
@@ -192,7 +193,7 @@ def quantise_kernel(
         key_padding += batch * stride_pb
     if value_out is None:
         quantise_key_block(
-            key, key_padding, mean_parts, key_out, key_scale, key_mean, batch_head, tl.program_id(0),
+            key, key_padding, mean_parts, part_counts, key_out, key_scale, key_mean, batch_head, tl.program_id(0),
             stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks, PAD_D, BLOCK, PARTS,
         )  # fmt: skip
     else:
@@ -200,13 +201,13 @@ def quantise_kernel(
         block = num_blocks - 1 - tl.program_id(0) // 2
         if tl.program_id(0) % 2 == 0:
             quantise_value_block(
-                value, key_padding, mean_parts, value_parts, value_amax, value_out, value_scale, value_mean,
+                value, key_padding, part_counts, value_parts, value_amax, value_out, value_scale, value_mean,
                 batch_head, block, stride_vn, stride_vd, stride_pn, seq_k, head_dim_v, num_blocks,
-                PAD_D, PAD_DV, BLOCK, PARTS, E4M3_MAX,
+                PAD_DV, BLOCK, PARTS, E4M3_MAX,
             )  # fmt: skip
         else:
             quantise_key_block(
-                key, key_padding, mean_parts, key_out, key_scale, key_mean, batch_head, block,
+                key, key_padding, mean_parts, part_counts, key_out, key_scale, key_mean, batch_head, block,
                 stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks, PAD_D, BLOCK, PARTS,
             )  # fmt: skip
 
@@ -216,10 +217,12 @@ def quantise_key_value(key: Tensor, value: Tensor, key_padding: Tensor | None, f
     batch, seq_k, heads_kv, head_dim = key.shape
     head_dim_v = value.shape[3]
     device = key.device
-    pad_d, pad_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
+    # 8-bit products sum over at least 32 at a time.
+    pad_d, pad_dv = max(32, padded_head_dim(head_dim)), padded_head_dim(head_dim_v)
     rows = batch * heads_kv
     blocks = triton.cdiv(seq_k, KEY_BLOCK)
-    mean_parts = torch.empty((rows, _MEAN_PARTS, pad_d + 1), dtype=torch.float32, device=device)
+    mean_parts = torch.empty((rows, _MEAN_PARTS, pad_d), dtype=torch.float32, device=device)
+    part_counts = torch.empty((rows, _MEAN_PARTS), dtype=torch.float32, device=device)
     key_out = torch.empty((rows, blocks * KEY_BLOCK, pad_d), dtype=torch.int8, device=device)
     key_scale = torch.empty((rows, blocks), dtype=torch.float32, device=device)
     key_mean = torch.empty((rows, pad_d), dtype=torch.float32, device=device)
@@ -235,14 +238,14 @@ def quantise_key_value(key: Tensor, value: Tensor, key_padding: Tensor | None, f
     strides = (*key.stride(), *value.stride(), *padding_strides(key_padding, batch, seq_k))
     padding = as_bytes(key_padding)
     statistics_kernel[(max(blocks, _MEAN_PARTS) if fp8_value else _MEAN_PARTS, heads_kv, batch)](
-        key, value, padding, mean_parts, value_parts, value_amax, *strides, heads_kv, seq_k, head_dim, head_dim_v,
+        key, value, padding, mean_parts, part_counts, value_parts, value_amax, *strides, heads_kv, seq_k, head_dim, head_dim_v,
         triton.cdiv(seq_k, samples), samples,
         PAD_D=pad_d, PAD_DV=pad_dv, ROWS=KEY_BLOCK, PARTS=_MEAN_PARTS, PART_ROWS=_PART_ROWS, num_warps=4,
     )  # fmt: skip
     quantise_kernel[(2 * blocks if fp8_value else blocks, heads_kv, batch)](
-        key, value, padding, mean_parts, value_parts, value_amax,
+        key, value, padding, mean_parts, part_counts, value_parts, value_amax,
         key_out, key_scale, key_mean, value_out, value_scale, value_mean,
         *strides, heads_kv, seq_k, head_dim, head_dim_v, blocks,
-        PAD_D=pad_d, PAD_DV=pad_dv, BLOCK=KEY_BLOCK, PARTS=_MEAN_PARTS, E4M3_MAX=_E4M3_MAX, num_warps=4,
+        PAD_D=pad_d, PAD_DV=pad_dv, BLOCK=KEY_BLOCK, PARTS=_MEAN_PARTS, E4M3_MAX=_E4M3_MAX, num_warps=8,
     )  # fmt: skip
     return QuantisedKeyValue(key_out, key_scale, key_mean, value_out, value_scale, value_mean)

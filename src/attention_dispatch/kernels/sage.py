@@ -34,7 +34,7 @@ from .arguments import (
     padding_strides,
     tma_ready,
 )
-from .quantise import ROUND_SHIFT, poisoned_scale, quantise_int8, quantise_key_value
+from .quantise import ROUND_SHIFT, magnitude_bits, poisoned_scale, quantise_int8, quantise_key_value
 from .scores import LN_2, key_block_range, tanh, visible_by_position
 from .scores import LOG2_E as LOG2_E_DEVICE
 from .tiles import sage_tile
@@ -172,9 +172,8 @@ def sage_forward_kernel(
     ).to(tl.float32)
     if NEGATE:
         x = -x
-    magnitude = tl.abs(x)
-    amax = tl.max(magnitude, axis=1)
-    row_scale = poisoned_scale(amax, tl.sum(magnitude, axis=1)) * scale_log2
+    amax = tl.max(magnitude_bits(x), axis=1).to(tl.float32, bitcast=True)
+    row_scale = poisoned_scale(amax, 127.0) * scale_log2
     q = quantise_int8(x, amax[:, None])
     row_shift = tl.zeros([BLOCK_M], tl.float32)
     if SOFTCAP or lse is not None:
