@@ -272,7 +272,7 @@ def flash_attention_forward(
         return out.zero_(), lse.fill_(float("-inf")) if lse is not None else None
     keys = KeyRange.of(is_causal, window_size)
     pad_d, pad_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
-    plain = mask is None and bias is None and key_padding is None and not softcap and not dropout_p
+    plain = mask is None and bias is None and not softcap and not dropout_p
     if tile is None:
         tile = forward_tile(query, max(pad_d, pad_dv), plain)
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]

@@ -1,9 +1,9 @@
-"""Quantisation for sage_attention: smoothed INT8 keys, and values in E4M3, transposed, in two launches.
+"""Quantisation for sage_attention: INT8 queries, smoothed INT8 keys, and values in E4M3, transposed, in three launches.
 
 Scheme: SageAttention 2 (https://arxiv.org/abs/2411.10958), with coarser key blocks and finer queries. Softmax does not change
 when one vector is subtracted from all keys, so any vector may serve as the "mean"; it is taken from up to 1,024 tokens
-spread over the sequence, which spares a pass over K. Keys get one scale per block of 128, values one per channel. Queries
-are quantised per token inside the attention kernel.
+spread over the sequence, which spares a pass over K. Queries get one scale per token, keys one per block of 128, values one
+per channel.
 
 Values are stored (head_dim, seq) because 8-bit tensor-core products on Hopper want both operands contiguous along the
 summed dimension, and each 16 tokens are stored in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: then the registers that
@@ -210,6 +210,51 @@ def quantise_kernel(
                 key, key_padding, mean_parts, part_counts, key_out, key_scale, key_mean, batch_head, block,
                 stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks, PAD_D, BLOCK, PARTS,
             )  # fmt: skip
+
+
+@triton.jit
+def quantise_query_kernel(
+    query, key_mean, query_out, row_scale, row_shift,
+    stride_qb, stride_qm, stride_qh, stride_qd, scale_log2, heads, group, seq_q, head_dim,
+    PAD_D: tl.constexpr, BLOCK: tl.constexpr, NEGATE: tl.constexpr,
+):  # fmt: skip
+    """One program per block of queries: INT8 with one scale per token, into which scale · log2 e is folded."""
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    batch_head = batch * heads + head
+    columns = tl.arange(0, PAD_D)
+    tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    rows = query + batch * stride_qb + head * stride_qh + tokens[:, None] * stride_qm + columns[None, :] * stride_qd
+    # (BLOCK, PAD_D)
+    q = tl.load(rows, mask=(tokens < seq_q)[:, None] & (columns[None, :] < head_dim), other=0.0).to(tl.float32)
+    if NEGATE:
+        q = -q
+    amax = tl.max(magnitude_bits(q), axis=1).to(tl.float32, bitcast=True)
+    flat = batch_head * tl.num_programs(0) * BLOCK + tokens
+    tl.store(query_out + flat[:, None] * PAD_D + columns[None, :], quantise_int8(q, amax[:, None]))
+    tl.store(row_scale + flat, poisoned_scale(amax, 127.0) * scale_log2)
+    if row_shift is not None:
+        mean = tl.load(key_mean + (batch * (heads // group) + head // group) * PAD_D + columns)
+        tl.store(row_shift + flat, tl.sum(q * mean[None, :], axis=1) * scale_log2)
+
+
+def quantise_query(
+    query: Tensor, key_mean: Tensor, heads_kv: int, scale_log2: float, negate: bool, wants_shift: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """INT8 queries (B·H, S128, D) of a (B, Sq, H, head_dim) tensor, their scales (B·H, S128) in units of log2, and what
+    smoothing the keys took away from each query's scores (B·H, S128), also in log2, if `wants_shift`."""
+    batch, seq_q, heads, head_dim = query.shape
+    pad_d = key_mean.shape[-1]
+    blocks = triton.cdiv(seq_q, KEY_BLOCK)
+    size = (batch * heads, blocks * KEY_BLOCK)
+    query_out = torch.empty((*size, pad_d), dtype=torch.int8, device=query.device)
+    row_scale = torch.empty(size, dtype=torch.float32, device=query.device)
+    row_shift = torch.empty(size, dtype=torch.float32, device=query.device) if wants_shift else None
+    quantise_query_kernel[(blocks, heads, batch)](
+        query, key_mean, query_out, row_scale, row_shift, *query.stride(), scale_log2, heads, heads // heads_kv, seq_q, head_dim,
+        PAD_D=pad_d, BLOCK=KEY_BLOCK, NEGATE=negate, num_warps=8,
+    )  # fmt: skip
+    return query_out, row_scale, row_shift
 
 
 def quantise_key_value(key: Tensor, value: Tensor, key_padding: Tensor | None, fp8_value: bool, smooth_v: bool) -> QuantisedKeyValue:

@@ -34,7 +34,7 @@ from .arguments import (
     padding_strides,
     tma_ready,
 )
-from .quantise import ROUND_SHIFT, magnitude_bits, poisoned_scale, quantise_int8, quantise_key_value
+from .quantise import ROUND_SHIFT, quantise_key_value, quantise_query
 from .scores import LN_2, key_block_range, tanh, visible_by_position
 from .scores import LOG2_E as LOG2_E_DEVICE
 from .tiles import sage_tile
@@ -63,6 +63,9 @@ def visit_quantised_blocks(
     rows_n = tl.arange(0, BLOCK_N)
     if WIDE:
         rows_n = rows_n.to(tl.int64)
+    block_scale = 0.0
+    if block_list is None and first < last:
+        block_scale = tl.load(key_scale + first * BLOCK_N // SCALE_BLOCK)
     for index in tl.range(first, last, num_stages=STAGES):
         block = index
         if block_list is not None:
@@ -74,7 +77,11 @@ def visit_quantised_blocks(
             k = key_tiles.load([key_row + start_n, 0])
         else:
             k = tl.load(key + offsets_n[:, None].to(tl.int64) * PAD_D + columns[None, :])
-        scale = row_scale * tl.load(key_scale + start_n // SCALE_BLOCK)
+        if block_list is not None:
+            scale = row_scale * tl.load(key_scale + start_n // SCALE_BLOCK)
+        else:
+            scale = row_scale * block_scale
+            block_scale = tl.load(key_scale + tl.minimum(index + 1, last - 1) * BLOCK_N // SCALE_BLOCK)
         # (BLOCK_M, BLOCK_N): the floats 12582912 + s
         start = tl.full([BLOCK_M, BLOCK_N], _INTEGER_START, tl.int32)
         s = tl.dot(q, k.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
@@ -133,14 +140,15 @@ def visit_quantised_blocks(
 
 @triton.jit
 def sage_forward_kernel(
-    query, key, key_scale, key_mean, value, value_scale, value_mean, out, lse, key_tiles, value_tiles,
+    query, row_scales, row_shifts, key, key_scale, value, value_scale, value_mean, out, lse,
+    query_tiles, key_tiles, value_tiles,
     key_padding, mask, bias, block_lists, block_counts,
-    stride_qb, stride_qm, stride_qh, stride_qd, stride_vb, stride_vn, stride_vh, stride_vd, stride_ob, stride_om, stride_oh,
+    stride_vb, stride_vn, stride_vh, stride_vd, stride_ob, stride_om, stride_oh,
     stride_pb, stride_pn, stride_mb, stride_mh, stride_mm, stride_mn, stride_bb, stride_bh, stride_bm, stride_bn,
     stride_lb,
-    scale_log2, softcap, window_left, window_right, heads, group, seq_q, seq_k, head_dim, head_dim_v,
+    softcap, window_left, window_right, heads, group, seq_q, seq_k, head_dim_v,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, FP8: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, NEGATE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (tile of queries, head, batch); all tiles of a head run together, so that its K and V stay in L2."""
@@ -165,20 +173,17 @@ def sage_forward_kernel(
     columns = tl.arange(0, PAD_D)
     columns_v = tl.arange(0, PAD_DV)
 
-    # (BLOCK_M, PAD_D)
-    rows = query + wide_batch * stride_qb + wide_head * stride_qh + wide_m[:, None] * stride_qm
-    x = tl.load(
-        rows + columns[None, :] * stride_qd, mask=(offsets_m[:, None] < seq_q) & (columns[None, :] < head_dim), other=0.0
-    ).to(tl.float32)
-    if NEGATE:
-        x = -x
-    amax = tl.max(magnitude_bits(x), axis=1).to(tl.float32, bitcast=True)
-    row_scale = poisoned_scale(amax, 127.0) * scale_log2
-    q = quantise_int8(x, amax[:, None])
+    query_row = batch_head * tl.cdiv(seq_q, 128) * 128 + start_m
+    if query_tiles is not None:
+        # (BLOCK_M, PAD_D)
+        q = query_tiles.load([query_row, 0])
+    else:
+        rows = query + (query_row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * PAD_D
+        q = tl.load(rows + columns[None, :])
+    row_scale = tl.load(row_scales + query_row + tl.arange(0, BLOCK_M))
     row_shift = tl.zeros([BLOCK_M], tl.float32)
-    if SOFTCAP or lse is not None:
-        mean = tl.load(key_mean + wide_row * PAD_D + columns)
-        row_shift = tl.sum(x * mean[None, :], axis=1) * scale_log2
+    if row_shifts is not None:
+        row_shift = tl.load(row_shifts + query_row + tl.arange(0, BLOCK_M))
 
     key += wide_row * key_blocks * 128 * PAD_D
     key_scale += wide_row * key_blocks
@@ -233,7 +238,9 @@ def sage_forward_kernel(
                 softcap, window_left, window_right, seq_q, seq_k, head_dim_v,
                 BLOCK_N, PAD_D, PAD_DV, FP8,
                 part != 1 or EVERY_TILE_MASKED or (LISTED and (HAS_LEFT or HAS_RIGHT)),
-                HAS_LEFT, HAS_RIGHT, SOFTCAP, WIDE, STAGES,
+                HAS_LEFT, HAS_RIGHT, SOFTCAP, WIDE,
+                # A walk over one or two blocks gains nothing from prefetching, and its buffers would cost occupancy.
+                STAGES if part == 1 or LISTED else 1,
             )  # fmt: skip
 
     result = accumulator * tl.where(running_sum == 0.0, 0.0, 1.0 / running_sum)[:, None]
@@ -305,14 +312,18 @@ def sage_attention_forward(
     if out.numel() == 0 or seq_k == 0:
         return out.zero_(), lse.fill_(float("-inf")) if lse is not None else None
     quantised = quantise_key_value(key, value, key_padding, fp8, smooth_v)
+    query8, row_scale, row_shift = quantise_query(
+        query, quantised.key_mean, heads_kv, abs(scale) * LOG2_E, scale < 0, return_lse or softcap > 0
+    )
     keys = KeyRange.of(is_causal, window_size)
     pad_d = quantised.key.shape[-1]
     pad_dv = quantised.value.shape[1] if quantised.value is not None else max(16, triton.next_power_of_2(head_dim_v))
     if tile is None:
         tile = sage_tile(query, max(pad_d, pad_dv), fp8)
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
-    key_tiles = value_tiles = lists = counts = None
-    if tile["TMA"] and is_hopper_or_newer(device) and (fp8 or tma_ready(value)) and quantised.key.numel() < 2**31 * pad_d:
+    query_tiles = key_tiles = value_tiles = lists = counts = None
+    if tile["TMA"] and is_hopper_or_newer(device) and (fp8 or tma_ready(value)) and max(query8.numel(), quantised.key.numel()) < 2**31 * pad_d:
+        query_tiles = TensorDescriptor.from_tensor(query8.view(-1, pad_d), [block_m, pad_d])
         key_tiles = TensorDescriptor.from_tensor(quantised.key.view(-1, pad_d), [block_n, pad_d])
         if quantised.value is not None:
             value_tiles = TensorDescriptor.from_tensor(quantised.value.view(-1, quantised.value.shape[-1]), [pad_dv, block_n])
@@ -322,16 +333,16 @@ def sage_attention_forward(
         lists, counts = list_key_blocks(key_padding, block_n)
     shape = (batch, heads, seq_q, seq_k)
     sage_forward_kernel[(triton.cdiv(seq_q, block_m) * batch * heads,)](
-        query, quantised.key, quantised.key_scale, quantised.key_mean,
-        value if quantised.value is None else quantised.value, quantised.value_scale, quantised.value_mean,
-        out, lse, key_tiles, value_tiles,
+        query8, row_scale, row_shift, quantised.key, quantised.key_scale,
+        value if quantised.value is None else quantised.value, quantised.value_scale, quantised.value_mean, out, lse,
+        query_tiles, key_tiles, value_tiles,
         as_bytes(key_padding), as_bytes(mask), bias, lists, counts,
-        *query.stride(), *value.stride(), *out.stride()[:3],
+        *value.stride(), *out.stride()[:3],
         *padding_strides(key_padding, batch, seq_k), *broadcast_strides(mask, shape, "mask"),
         *broadcast_strides(bias, shape, "bias"), 0 if lists is None or lists.shape[0] == 1 else 1,
-        abs(scale) * LOG2_E, softcap, keys.left, keys.right, heads, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v,
+        softcap, keys.left, keys.right, heads, heads // heads_kv, seq_q, seq_k, head_dim_v,
         BLOCK_M=block_m, BLOCK_N=block_n, PAD_D=pad_d, PAD_DV=pad_dv, FP8=fp8,
-        HAS_LEFT=keys.left >= 0, HAS_RIGHT=keys.right >= 0, SOFTCAP=softcap > 0, NEGATE=scale < 0,
+        HAS_LEFT=keys.left >= 0, HAS_RIGHT=keys.right >= 0, SOFTCAP=softcap > 0,
         WIDE=needs_wide_offsets(value), STAGES=tile["STAGES"], **tile["options"],
     )  # fmt: skip
     return out, lse
