@@ -304,7 +304,7 @@ def sage_attention_forward(
     fp8 = (pv or default_pv(query.device)) == "fp8"
     if fp8 and default_pv(query.device) == "fp16":
         raise ValueError("pv='fp8' needs compute capability 8.9 or newer; use pv='fp16'")
-    batch, seq_q, heads, head_dim = query.shape
+    batch, seq_q, heads, _ = query.shape
     seq_k, heads_kv, head_dim_v = value.shape[1:]
     device = query.device
     out = torch.empty((batch, seq_q, heads, head_dim_v), dtype=query.dtype, device=device)
