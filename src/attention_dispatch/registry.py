@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .call import AttentionCall, AttentionOutput, CallSpec
@@ -101,13 +102,37 @@ class Status(NamedTuple):
 _HERE = "attention_dispatch.backends."
 
 _rows: dict[str, Row] = {
+    "_flash_3": Row(_HERE + "flash:FLASH_3"),
+    "_flash_3_hub": Row(_HERE + "flash:FLASH_3_HUB"),
+    "_flash_3_varlen_hub": Row(_HERE + "flash:FLASH_3_VARLEN_HUB"),
+    "_flash_varlen_3": Row(_HERE + "flash:FLASH_VARLEN_3"),
     "_native_cudnn": Row(_HERE + "native:CUDNN"),
     "_native_efficient": Row(_HERE + "native:EFFICIENT"),
     "_native_flash": Row(_HERE + "native:FLASH"),
     "_native_math": Row(_HERE + "native:MATH"),
+    "_native_npu": Row(_HERE + "npu:NPU"),
+    "_native_xla": Row(_HERE + "xla:XLA"),
+    "_sage_qk_int8_pv_fp16_cuda": Row(_HERE + "sage:SAGE_FP16_CUDA"),
+    "_sage_qk_int8_pv_fp16_triton": Row(_HERE + "sage:SAGE_FP16_TRITON"),
+    "_sage_qk_int8_pv_fp8_cuda": Row(_HERE + "sage:SAGE_FP8_CUDA"),
+    "_sage_qk_int8_pv_fp8_cuda_sm90": Row(_HERE + "sage:SAGE_FP8_CUDA_SM90"),
+    "aiter_fa2_hub": Row(_HERE + "aiter:AITER"),
+    "flash": Row(_HERE + "flash:FLASH"),
+    "flash_4": Row(_HERE + "flash:FLASH_4"),
+    "flash_4_hub": Row(_HERE + "flash:FLASH_4_HUB"),
+    "flash_hub": Row(_HERE + "flash:FLASH_HUB"),
+    "flash_varlen": Row(_HERE + "flash:FLASH_VARLEN"),
+    "flash_varlen_hub": Row(_HERE + "flash:FLASH_VARLEN_HUB"),
     "flex": Row(_HERE + "flex:FLEX"),
     "native": Row(_HERE + "native:NATIVE"),
     "reference": Row(_HERE + "reference:REFERENCE"),
+    "sage": Row(_HERE + "sage:SAGE"),
+    "sage_hub": Row(_HERE + "sage:SAGE_HUB"),
+    "sage_varlen": Row(_HERE + "sage:SAGE_VARLEN"),
+    "triton_flash": Row(_HERE + "triton:FLASH"),
+    "triton_sage": Row(_HERE + "triton:SAGE"),
+    "triton_sage_fp16": Row(_HERE + "triton:SAGE_FP16"),
+    "xformers": Row(_HERE + "xformers:XFORMERS"),
 }
 
 registry: Mapping[str, Row] = MappingProxyType(_rows)
@@ -230,7 +255,19 @@ def _find_status(backend: Backend, install: str) -> Status:
 
 def known_options() -> frozenset[str]:
     """Backend-specific attention_kwargs that at least one registered backend understands."""
-    return frozenset(option for name in names() for row in get(name).capabilities for option in row.options)
+    return frozenset(_known_options())
+
+
+_options: list[tuple[str, ...]] = []
+_on_change.append(_options.clear)
+
+
+@torch._dynamo.assume_constant_result
+def _known_options() -> tuple[str, ...]:
+    if not _options:
+        found = {option for name in names() for row in get(name).capabilities for option in row.options}
+        _options.append(tuple(sorted(found)))
+    return _options[0]
 
 
 def _unknown_message(name: str) -> str:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from typing import NamedTuple
 
-from . import preference, registry
+from . import preference, registry, self_test
 from .call import AttentionCall, CallSpec, describe
 from .capabilities import reasons_against
 from .errors import BackendRejectedError, NoBackendError, Reason, none_left_message, rejected_message
@@ -72,13 +72,13 @@ def plan_for(request: Request, spec: CallSpec, call: AttentionCall | None = None
 
 
 def verdict_on(name: str, spec: CallSpec) -> Verdict:
-    """Available, then capable: all reasons why a backend cannot run calls with these facts."""
+    """Capable, available, and proven on first use: all reasons why a backend cannot run calls with these facts."""
     backend = registry.get(name)
     capable = (*reasons_against(backend.capabilities, spec), *backend.extra_reasons(spec))
     if capable:
         # Not capable is known without loading a vendor package, and is the more useful answer.
         return Verdict(name, capable)
-    return Verdict(name, registry.status(name).reasons)
+    return Verdict(name, registry.status(name).reasons or self_test.reasons(backend, spec))
 
 
 def candidates(request: Request, spec: CallSpec, lengths: tuple[int, int, int] | None = None) -> tuple[str, ...]:

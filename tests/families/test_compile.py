@@ -127,7 +127,6 @@ def test_lse_in_a_graph(on_cpu):
     assert close(lse[0], expected.lse[0])
 
 
-@pytest.mark.xfail(strict=True, reason="registry.known_options() imports every family, which cannot be traced")
 def test_sage_options_reach_the_kernel_in_a_graph(on_cpu):
     name = "_sage_qk_int8_pv_fp16_cuda"
     _, calls = on_cpu(name, "sageattention-2.2.0")

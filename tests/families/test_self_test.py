@@ -115,7 +115,6 @@ def test_unwritten_output_of_sage_on_hopper_is_found(on_cpu):
     assert "not finite" in reason.what
 
 
-@pytest.mark.xfail(strict=True, reason="resolve.verdict_on does not ask self_test.reasons yet")
 def test_a_broken_kernel_is_refused_and_passed_over(on_cpu):
     backend, _ = on_cpu("sage_hub", "hub-sage_attention-v1")
     backend.load()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from .. import settings
+from .. import known_bad, settings
 from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
 from ..masks import derived
@@ -247,6 +247,7 @@ FLEX = Backend(
         ),
     ),
     forward=_flex,
+    extra_reasons=lambda spec: known_bad.reasons("flex", spec),
     adapters=_adapters,
     url="https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html",
     summary="torch FlexAttention, compiled on accelerators",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from .. import adapt
+from .. import adapt, known_bad
 from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
 from ..errors import Reason
@@ -379,6 +379,7 @@ CUDNN = Backend(
     ),
     forward=_cudnn,
     probe=_cudnn_probe,
+    extra_reasons=lambda spec: known_bad.reasons("_native_cudnn", spec),
     adapters=_fused_mask_adapters,
     summary="aten cuDNN, CUDA sm_80 and newer",
 )
