@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import facts, launch
+
 LOG2_E = math.log2(math.e)
 # In-tile offsets are 32-bit as long as a tile's last row stays below 2^31 elements; tiles have at most 256 rows.
 _WIDE_STRIDE = 2**31 // 256
@@ -151,7 +153,9 @@ def list_key_blocks(key_padding: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
     num_blocks = triton.cdiv(seq_k, block_n)
     lists = torch.empty((batch, 2, num_blocks), dtype=torch.int32, device=key_padding.device)
     counts = torch.empty((batch, 2, num_blocks + 1), dtype=torch.int32, device=key_padding.device)
-    list_key_blocks_kernel[(batch,)](
-        as_bytes(key_padding), lists, counts, *key_padding.stride(), seq_k, num_blocks, BLOCK_N=block_n, CHUNK=32
-    )
+    launch(
+        list_key_blocks_kernel, (batch,), key_padding.device, (facts(key_padding), block_n),
+        (as_bytes(key_padding), lists, counts, *key_padding.stride(), seq_k, num_blocks),
+        {"BLOCK_N": block_n, "CHUNK": 32}, {},
+    )  # fmt: skip
     return lists, counts

@@ -32,6 +32,7 @@ from .arguments import (
     padding_strides,
     tma_ready,
 )
+from .launch import facts, launch
 from .scores import LN_2, keep_probability, key_block_range, tanh, visible_by_position
 from .scores import LOG2_E as LOG2_E_DEVICE
 from .tiles import forward_tile
@@ -283,16 +284,25 @@ def flash_attention_forward(
         lists, counts = list_key_blocks(key_padding, block_n)
     shape = (batch, heads, seq_q, seq_k)
     grid = (triton.cdiv(seq_q, block_m) * batch * heads,)
-    flash_forward_kernel[grid](
-        query, key, value, out, lse, key_tiles, value_tiles, as_bytes(key_padding), as_bytes(mask), bias, lists, counts,
-        dropout_seed_tensor(dropout_p, dropout_seed, query.device),
-        *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
-        *padding_strides(key_padding, batch, seq_k), *broadcast_strides(mask, shape, "mask"),
-        *broadcast_strides(bias, shape, "bias"), 0 if lists is None or lists.shape[0] == 1 else 1,
-        abs(scale) * LOG2_E, softcap, keys.left, keys.right, dropout_p,
-        heads, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v,
-        BLOCK_M=block_m, BLOCK_N=block_n, PAD_D=pad_d, PAD_DV=pad_dv,
-        HAS_LEFT=keys.left >= 0, HAS_RIGHT=keys.right >= 0, SOFTCAP=softcap > 0, NEGATE=scale < 0,
-        WIDE=needs_wide_offsets(key, value), PRECISION="ieee", STAGES=tile["STAGES"], **tile["options"],
+    constants = {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "PAD_D": pad_d, "PAD_DV": pad_dv,
+        "HAS_LEFT": keys.left >= 0, "HAS_RIGHT": keys.right >= 0, "SOFTCAP": softcap > 0, "NEGATE": scale < 0,
+        "WIDE": needs_wide_offsets(key, value), "PRECISION": "ieee", "STAGES": tile["STAGES"],
+    }  # fmt: skip
+    seed = dropout_seed_tensor(dropout_p, dropout_seed, query.device)
+    launch(
+        flash_forward_kernel, grid, query.device,
+        (facts(query, key, value, key_padding, mask, bias, seed), keys, return_lse, tile["TMA"],
+         *constants.values(), *tile["options"].values()),
+        (
+            query, key, value, out, lse, key_tiles, value_tiles, as_bytes(key_padding), as_bytes(mask), bias, lists, counts,
+            seed,
+            *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
+            *padding_strides(key_padding, batch, seq_k), *broadcast_strides(mask, shape, "mask"),
+            *broadcast_strides(bias, shape, "bias"), 0 if lists is None or lists.shape[0] == 1 else 1,
+            abs(scale) * LOG2_E, float(softcap), keys.left, keys.right, float(dropout_p),
+            heads, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v,
+        ),
+        constants, tile["options"],
     )  # fmt: skip
     return out, lse

@@ -26,6 +26,7 @@ from .arguments import (
     padding_strides,
 )
 from .flash import dropout_seed_tensor
+from .launch import facts, launch
 from .scores import LOG2_E as LOG2_E_DEVICE
 from .scores import keep_probability, key_block_range, query_block_range, tanh, visible_by_position
 from .tiles import backward_tiles
@@ -407,9 +408,15 @@ def flash_attention_backward(
     delta = torch.empty((batch, heads, seq_q), dtype=torch.float32, device=device)
     lse_log2 = torch.empty_like(delta)
     grad_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-    delta_kernel[(triton.cdiv(seq_q, 32) * batch * heads,)](
-        out, grad_out, grad_lse, delta, lse.contiguous(), lse_log2, *out.stride(), *grad_out.stride(), *grad_strides,
-        heads, seq_q, head_dim_v, BLOCK_M=32, PAD_D=pad_dv,
+    lse = lse.contiguous()
+    seen = facts(query, key, value, grad_out, out, lse, grad_lse, key_padding, mask, bias)
+    launch(
+        delta_kernel, (triton.cdiv(seq_q, 32) * batch * heads,), device, seen,
+        (
+            out, grad_out, grad_lse, delta, lse, lse_log2,
+            *out.stride(), *grad_out.stride(), *grad_strides, heads, seq_q, head_dim_v,
+        ),
+        {"BLOCK_M": 32, "PAD_D": pad_dv}, {},
     )  # fmt: skip
     shape = (batch, heads, seq_q, seq_k)
     seed = dropout_seed_tensor(dropout_p, dropout_seed, device)
@@ -419,7 +426,7 @@ def flash_attention_backward(
         *padding_strides(key_padding, batch, seq_k), *broadcast_strides(mask, shape, "mask"),
         *broadcast_strides(bias, shape, "bias"),
     )  # fmt: skip
-    settings = (scale * LOG2_E, softcap, keys.left, keys.right, dropout_p)
+    settings = (scale * LOG2_E, float(softcap), keys.left, keys.right, float(dropout_p))
     sizes = (heads, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v)
     flags = {
         "PAD_D": pad_d, "PAD_DV": pad_dv, "EVEN_D": pad_d == head_dim, "EVEN_DV": pad_dv == head_dim_v,
@@ -429,25 +436,30 @@ def flash_attention_backward(
     }  # fmt: skip
     inputs = (query, key, value, grad_out, lse_log2, delta)
     key_tile, query_tile = backward_tiles(query, max(pad_d, pad_dv))
-    key_gradient_kernel[(triton.cdiv(seq_k, key_tile["BLOCK_N"]) * batch * heads_kv,)](
-        *inputs, dk, dv, *masks, *strides, scale, *settings, *sizes, **flags,
-        BLOCK_M=key_tile["BLOCK_M"], BLOCK_N=key_tile["BLOCK_N"], STAGES=key_tile["STAGES"], **key_tile["options"],
-    )  # fmt: skip
-    query_gradient_kernel[(triton.cdiv(seq_q, query_tile["BLOCK_M"]) * batch * heads,)](
-        *inputs, dq, *masks, *strides, scale, *settings, *sizes, **flags,
-        BLOCK_M=query_tile["BLOCK_M"], BLOCK_N=query_tile["BLOCK_N"], STAGES=query_tile["STAGES"],
-        **query_tile["options"],
-    )  # fmt: skip
+    seen = (seen, facts(seed), keys, *flags.values())
+    for kernel, gradients, tile, tiles in (
+        (key_gradient_kernel, (dk, dv), key_tile, triton.cdiv(seq_k, key_tile["BLOCK_N"]) * batch * heads_kv),
+        (query_gradient_kernel, (dq,), query_tile, triton.cdiv(seq_q, query_tile["BLOCK_M"]) * batch * heads),
+    ):
+        constants = {"BLOCK_M": tile["BLOCK_M"], "BLOCK_N": tile["BLOCK_N"], **flags, "STAGES": tile["STAGES"]}
+        launch(
+            kernel, (tiles,), device, (seen, *constants.values(), *tile["options"].values()),
+            (*inputs, *gradients, *masks, *strides, float(scale), *settings, *sizes), constants, tile["options"],
+        )  # fmt: skip
     if dbias is not None:
         block = 32 if query.dtype == torch.float32 else 64
         summed = [bias.shape[d] == 1 for d in range(4)]
         tiles_m, tiles_n = triton.cdiv(seq_q, block), triton.cdiv(seq_k, block)
         sums = [batch if summed[0] else 1, heads if summed[1] else 1, tiles_m if summed[2] else 1, tiles_n if summed[3] else 1]
         grid_m, grid_n = 1 if summed[2] else tiles_m, 1 if summed[3] else tiles_n
-        bias_gradient_kernel[(bias.shape[0] * bias.shape[1] * grid_m * grid_n,)](
-            *inputs, dbias, *masks, *strides, *dbias.stride(), *settings, batch, *sizes,
-            *sums, grid_m, grid_n, bias.shape[1], BLOCK_M=block, BLOCK_N=block,
-            SUM_M=summed[2], SUM_N=summed[3], **flags, num_warps=4,
+        constants = {"BLOCK_M": block, "BLOCK_N": block, **flags, "SUM_M": summed[2], "SUM_N": summed[3]}
+        launch(
+            bias_gradient_kernel, (bias.shape[0] * bias.shape[1] * grid_m * grid_n,), device, (seen, *constants.values()),
+            (
+                *inputs, dbias, *masks, *strides, *dbias.stride(), *settings, batch, *sizes,
+                *sums, grid_m, grid_n, bias.shape[1],
+            ),
+            constants, {"num_warps": 4},
         )  # fmt: skip
         dbias = dbias.to(bias.dtype)
     return dq, dk, dv, dbias

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import as_bytes, padded_head_dim, padding_strides
+from .launch import facts, launch
 
 KEY_BLOCK = 128
 _MEAN_PARTS = 16
@@ -250,9 +251,11 @@ def quantise_query(
     query_out = torch.empty((*size, pad_d), dtype=torch.int8, device=query.device)
     row_scale = torch.empty(size, dtype=torch.float32, device=query.device)
     row_shift = torch.empty(size, dtype=torch.float32, device=query.device) if wants_shift else None
-    quantise_query_kernel[(blocks, heads, batch)](
-        query, key_mean, query_out, row_scale, row_shift, *query.stride(), scale_log2, heads, heads // heads_kv, seq_q, head_dim,
-        PAD_D=pad_d, BLOCK=KEY_BLOCK, NEGATE=negate, num_warps=8,
+    launch(
+        quantise_query_kernel, (blocks, heads, batch), query.device,
+        (facts(query), heads_kv, negate, wants_shift),
+        (query, key_mean, query_out, row_scale, row_shift, *query.stride(), scale_log2, heads, heads // heads_kv, seq_q, head_dim),
+        {"PAD_D": pad_d, "BLOCK": KEY_BLOCK, "NEGATE": negate}, {"num_warps": 8},
     )  # fmt: skip
     return query_out, row_scale, row_shift
 
@@ -282,15 +285,24 @@ def quantise_key_value(key: Tensor, value: Tensor, key_padding: Tensor | None, f
     samples = min(seq_k, _MEAN_PARTS * _PART_ROWS)
     strides = (*key.stride(), *value.stride(), *padding_strides(key_padding, batch, seq_k))
     padding = as_bytes(key_padding)
-    statistics_kernel[(max(blocks, _MEAN_PARTS) if fp8_value else _MEAN_PARTS, heads_kv, batch)](
-        key, value, padding, mean_parts, part_counts, value_parts, value_amax, *strides, heads_kv, seq_k, head_dim, head_dim_v,
-        triton.cdiv(seq_k, samples), samples,
-        PAD_D=pad_d, PAD_DV=pad_dv, ROWS=KEY_BLOCK, PARTS=_MEAN_PARTS, PART_ROWS=_PART_ROWS, num_warps=4,
+    facts_of_inputs = (facts(key, value, key_padding), fp8_value, smooth_v)
+    launch(
+        statistics_kernel, (max(blocks, _MEAN_PARTS) if fp8_value else _MEAN_PARTS, heads_kv, batch), device, facts_of_inputs,
+        (
+            key, value, padding, mean_parts, part_counts, value_parts, value_amax, *strides, heads_kv, seq_k, head_dim, head_dim_v,
+            triton.cdiv(seq_k, samples), samples,
+        ),
+        {"PAD_D": pad_d, "PAD_DV": pad_dv, "ROWS": KEY_BLOCK, "PARTS": _MEAN_PARTS, "PART_ROWS": _PART_ROWS},
+        {"num_warps": 4},
     )  # fmt: skip
-    quantise_kernel[(2 * blocks if fp8_value else blocks, heads_kv, batch)](
-        key, value, padding, mean_parts, part_counts, value_parts, value_amax,
-        key_out, key_scale, key_mean, value_out, value_scale, value_mean,
-        *strides, heads_kv, seq_k, head_dim, head_dim_v, blocks,
-        PAD_D=pad_d, PAD_DV=pad_dv, BLOCK=KEY_BLOCK, PARTS=_MEAN_PARTS, E4M3_MAX=_E4M3_MAX, num_warps=8,
+    launch(
+        quantise_kernel, (2 * blocks if fp8_value else blocks, heads_kv, batch), device, facts_of_inputs,
+        (
+            key, value, padding, mean_parts, part_counts, value_parts, value_amax,
+            key_out, key_scale, key_mean, value_out, value_scale, value_mean,
+            *strides, heads_kv, seq_k, head_dim, head_dim_v, blocks,
+        ),
+        {"PAD_D": pad_d, "PAD_DV": pad_dv, "BLOCK": KEY_BLOCK, "PARTS": _MEAN_PARTS, "E4M3_MAX": _E4M3_MAX},
+        {"num_warps": 8},
     )  # fmt: skip
     return QuantisedKeyValue(key_out, key_scale, key_mean, value_out, value_scale, value_mean)

@@ -34,6 +34,7 @@ from .arguments import (
     padding_strides,
     tma_ready,
 )
+from .launch import facts, launch
 from .quantise import ROUND_SHIFT, quantise_key_value, quantise_query
 from .scores import LN_2, key_block_range, tanh, visible_by_position
 from .scores import LOG2_E as LOG2_E_DEVICE
@@ -332,17 +333,25 @@ def sage_attention_forward(
     if key_padding is not None:
         lists, counts = list_key_blocks(key_padding, block_n)
     shape = (batch, heads, seq_q, seq_k)
-    sage_forward_kernel[(triton.cdiv(seq_q, block_m) * batch * heads,)](
-        query8, row_scale, row_shift, quantised.key, quantised.key_scale,
-        value if quantised.value is None else quantised.value, quantised.value_scale, quantised.value_mean, out, lse,
-        query_tiles, key_tiles, value_tiles,
-        as_bytes(key_padding), as_bytes(mask), bias, lists, counts,
-        *value.stride(), *out.stride()[:3],
-        *padding_strides(key_padding, batch, seq_k), *broadcast_strides(mask, shape, "mask"),
-        *broadcast_strides(bias, shape, "bias"), 0 if lists is None or lists.shape[0] == 1 else 1,
-        softcap, keys.left, keys.right, heads, heads // heads_kv, seq_q, seq_k, head_dim_v,
-        BLOCK_M=block_m, BLOCK_N=block_n, PAD_D=pad_d, PAD_DV=pad_dv, FP8=fp8,
-        HAS_LEFT=keys.left >= 0, HAS_RIGHT=keys.right >= 0, SOFTCAP=softcap > 0,
-        WIDE=needs_wide_offsets(value), STAGES=tile["STAGES"], **tile["options"],
+    constants = {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "PAD_D": pad_d, "PAD_DV": pad_dv, "FP8": fp8,
+        "HAS_LEFT": keys.left >= 0, "HAS_RIGHT": keys.right >= 0, "SOFTCAP": softcap > 0,
+        "WIDE": needs_wide_offsets(value), "STAGES": tile["STAGES"],
+    }  # fmt: skip
+    launch(
+        sage_forward_kernel, (triton.cdiv(seq_q, block_m) * batch * heads,), device,
+        (facts(query, key, value, key_padding, mask, bias), keys, return_lse, smooth_v, tile["TMA"],
+         *constants.values(), *tile["options"].values()),
+        (
+            query8, row_scale, row_shift, quantised.key, quantised.key_scale,
+            value if quantised.value is None else quantised.value, quantised.value_scale, quantised.value_mean, out, lse,
+            query_tiles, key_tiles, value_tiles,
+            as_bytes(key_padding), as_bytes(mask), bias, lists, counts,
+            *value.stride(), *out.stride()[:3],
+            *padding_strides(key_padding, batch, seq_k), *broadcast_strides(mask, shape, "mask"),
+            *broadcast_strides(bias, shape, "bias"), 0 if lists is None or lists.shape[0] == 1 else 1,
+            float(softcap), keys.left, keys.right, heads, heads // heads_kv, seq_q, seq_k, head_dim_v,
+        ),
+        constants, tile["options"],
     )  # fmt: skip
     return out, lse
