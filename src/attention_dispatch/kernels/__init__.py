@@ -22,7 +22,7 @@ _HOMES = {
     "sage_attention": "ops",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = ["flash_attention", "flash_attention_backward", "flash_attention_forward", "sage_attention"]
 
 
 def __getattr__(name: str) -> Any:
