@@ -43,7 +43,7 @@ def _capabilities(dtypes: tuple[torch.dtype, ...], **facts: Any) -> tuple[Capabi
         "lse": True,
         **facts,
     }
-    rows = (Capabilities(devices=("cuda",), dtypes=dtypes, min_sm=80, **shared),)
+    rows: tuple[Capabilities, ...] = (Capabilities(devices=("cuda",), dtypes=dtypes, min_sm=80, **shared),)
     if _INTERPRETED:
         # The interpreter computes with numpy, which has no bfloat16.
         on_cpu = tuple(dtype for dtype in dtypes if dtype != torch.bfloat16)

@@ -402,7 +402,8 @@ def flash_attention_backward(
     if bias is not None and bias_requires_grad:
         dbias = torch.empty(bias.shape, dtype=torch.float32, device=device)
     if out.numel() == 0 or seq_k == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_().to(bias.dtype) if dbias is not None else None
+        empty_bias = None if bias is None or dbias is None else dbias.zero_().to(bias.dtype)
+        return dq.zero_(), dk.zero_(), dv.zero_(), empty_bias
     keys = KeyRange.of(is_causal, window_size)
     pad_d, pad_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
     delta = torch.empty((batch, heads, seq_q), dtype=torch.float32, device=device)
@@ -446,7 +447,7 @@ def flash_attention_backward(
             kernel, (tiles,), device, (seen, *constants.values(), *tile["options"].values()),
             (*inputs, *gradients, *masks, *strides, float(scale), *settings, *sizes), constants, tile["options"],
         )  # fmt: skip
-    if dbias is not None:
+    if bias is not None and dbias is not None:
         block = 32 if query.dtype == torch.float32 else 64
         summed = [bias.shape[d] == 1 for d in range(4)]
         tiles_m, tiles_n = triton.cdiv(seq_q, block), triton.cdiv(seq_k, block)

@@ -138,9 +138,10 @@ class _FlashAttention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         wants_bias = bias is not None and ctx.needs_input_grad[10]
+        scale, is_causal, window_left, window_right, softcap = ctx.scores
         dq, dk, dv, dbias = _flash_backward(
-            grad_out, grad_lse, query, key, value, out, lse, *ctx.scores, key_padding, mask, bias, ctx.dropout_p, seed,
-            wants_bias,
+            grad_out, grad_lse, query, key, value, out, lse, scale, is_causal, window_left, window_right, softcap,
+            key_padding, mask, bias, ctx.dropout_p, seed, wants_bias,
         )  # fmt: skip
         return dq, dk, dv, None, None, None, None, None, None, None, dbias if wants_bias else None, None, None
 
