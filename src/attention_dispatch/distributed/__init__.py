@@ -7,6 +7,9 @@ torch.distributed. See ``docs/context-parallel.md``.
 from .agreement import PeerError
 from .attention import context_parallel_attention
 from .config import ContextParallel, as_context_parallel
+from .connect import dispatch_parallel
+from .cost import Link, ParallelismPlan, plan_parallelism
+from .model import context_parallel, gather, shard
 from .pair import AttentionPair, BlockCall, BlockFacts, exact_backward
 
 __all__ = [
@@ -14,8 +17,15 @@ __all__ = [
     "BlockCall",
     "BlockFacts",
     "ContextParallel",
+    "Link",
+    "ParallelismPlan",
     "PeerError",
     "as_context_parallel",
+    "context_parallel",
     "context_parallel_attention",
+    "dispatch_parallel",
     "exact_backward",
+    "gather",
+    "plan_parallelism",
+    "shard",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidCallError
+from ..errors import BackendRejectedError, InvalidCallError, NoBackendError
 from .agreement import CallFacts, float_bits
 from .config import LAYOUTS, ContextParallel
 from .execute import Execution
@@ -29,7 +29,8 @@ def context_parallel_attention(
     attn_mask: Tensor | None = None,
     *,
     parallel: ContextParallel,
-    pair: AttentionPair | Callable[[], AttentionPair],
+    pair: AttentionPair | Callable[[], Sequence[AttentionPair]],
+    request: str = "",
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -50,7 +51,9 @@ def context_parallel_attention(
             of this rank's or of all keys, or a mask that broadcasts to (B, Hq, Sq, Sk) with this rank's or all query
             rows against all keys.
         parallel: the ranks.
-        pair: the kernel, or a function that finds it; what that raises is raised on every rank.
+        pair: the kernel, or a function that finds candidates in order of preference; what it raises is raised on
+            every rank. The first of rank 0's candidates that can serve every rank is taken, once for each kind of call.
+        request: what the candidates were chosen by; must be the same on every rank.
         dropout_p: must be 0.
         is_causal: token i sees tokens j <= i, top-left aligned.
         scale: None is 1 / sqrt(D).
@@ -69,20 +72,20 @@ def context_parallel_attention(
         PeerError: another rank refused or failed.
     """
     error: Exception | None = None
-    facts = kernel = None
+    facts = kernels = None
     try:
-        kernel = pair() if callable(pair) else pair
+        kernels = tuple(pair()) if callable(pair) else (pair,)
         _check(query, key, value, attn_mask, dropout_p)
         scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         options = CallOptions(scale, float(softcap), deterministic, is_causal, tuple(window_size), needs_grad,
                               return_lse)
-        facts = _facts(query, key, value, attn_mask, options, parallel, kernel)
+        facts = _facts(query, key, value, attn_mask, options, parallel, request or kernels[0].name)
     except Exception as caught:
         error = caught
     calls = _agree(parallel, facts, error)
-    assert kernel is not None
-    plan = _plan(parallel, kernel, calls, (query, key, value), attn_mask, options)
+    assert kernels is not None
+    plan, kernel = _plan(parallel, kernels, calls, (query, key, value), attn_mask, options)
     mask = None if attn_mask is None else _shard_mask(parallel, plan, attn_mask)
     agreement = parallel.agreement if parallel.agree_always else None
     run = Execution(plan, kernel, mask, agreement, parallel.ulysses_rank)
@@ -166,7 +169,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 
 
 def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: CallOptions,
-           parallel: ContextParallel, pair: AttentionPair) -> CallFacts:
+           parallel: ContextParallel, request: str) -> CallFacts:
     sizes = () if mask is None else tuple(mask.shape)
     return CallFacts(
         batch=query.shape[0],
@@ -190,7 +193,7 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, optio
         mask_dtype=-1 if mask is None else int(mask.dtype == torch.bool),
         layout=LAYOUTS.index(parallel.layout),
         head_chunks=parallel.head_chunks or 0,
-        backend=zlib.crc32(pair.name.encode()),
+        backend=zlib.crc32(request.encode()),
     )
 
 
@@ -203,15 +206,16 @@ def _agree(parallel: ContextParallel, facts: CallFacts | None, error: Exception 
     return calls
 
 
-def _plan(parallel: ContextParallel, pair: AttentionPair, calls: tuple[CallFacts, ...],
-          tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, options: CallOptions) -> Plan:
-    """The plan for a call that all ranks agreed on; made once, and only if every rank's kernel can serve it.
+def _plan(parallel: ContextParallel, pairs: Sequence[AttentionPair], calls: tuple[CallFacts, ...],
+          tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, options: CallOptions,
+          ) -> tuple[Plan, AttentionPair]:
+    """The plan for a call that all ranks agreed on, and the kernel that can serve it on every rank; made once.
 
     The key holds nothing but agreed facts, so all ranks find a plan or all of them make one.
     """
-    plan = parallel.plans.get(calls)
-    if plan is not None:
-        return plan
+    known = parallel.plans.get(calls)
+    if known is not None:
+        return known
     q_layout = parallel.layout_of([call.query_tokens for call in calls])
     kv_layout = parallel.layout_of([call.key_tokens for call in calls])
     form, kind = None, "none"
@@ -219,15 +223,30 @@ def _plan(parallel: ContextParallel, pair: AttentionPair, calls: tuple[CallFacts
         form = read_masks([call.mask_sizes for call in calls], calls[0].batch, calls[0].query_heads, q_layout,
                           kv_layout)
         kind = form.kind(mask)
+    able: dict[str, tuple[Plan, AttentionPair]] = {}
+    refused: list[BackendRejectedError] = []
     error: Exception | None = None
-    try:
-        plan = make_plan(parallel, pair, tensors, q_layout, kv_layout, options, kind, form)
-    except Exception as caught:
-        error = caught
+    for pair in pairs:
+        try:
+            able[pair.name] = make_plan(parallel, pair, tensors, q_layout, kv_layout, options, kind, form), pair
+        except BackendRejectedError as refusal:
+            refused.append(refusal)
+        except Exception as caught:
+            error = caught
+    if error is None and not able:
+        error = refused[0] if len(refused) == 1 else _none_left(refused)
     parallel.agreement.close(error)
-    assert plan is not None
-    parallel.plans[calls] = plan
-    return plan
+    offers = parallel.agreement.all(tuple(able))
+    common = [name for name in offers[0] if all(name in offer for offer in offers)]
+    if not common:
+        raise _none_left([*refused], f"no backend can serve the call on every rank; by rank: {offers}")
+    parallel.plans[calls] = able[common[0]]
+    return able[common[0]]
+
+
+def _none_left(refused: Sequence[BackendRejectedError], told: str = "") -> NoBackendError:
+    text = told or "no backend of the request can run this call under context parallelism; no tensor was sent."
+    return NoBackendError("\n".join([text, *map(str, refused)]), [r for refusal in refused for r in refusal.reasons])
 
 
 def _shard_mask(parallel: ContextParallel, plan: Plan, mask: Tensor) -> ShardedMask:
