@@ -1,8 +1,8 @@
 """Make ``torch.nn.functional.scaled_dot_product_attention`` ask for the routed backend inside routed modules.
 
-torch's function is replaced, while at least one module is routed by scope, by one that looks at a single attribute
-of the thread: outside a routed module it is torch's function. Names bound by ``from ... import`` in the modules'
-own files are replaced too. The last release puts back exactly what was there.
+While at least one module is routed by scope, torch's function is replaced, in ``torch.nn.functional`` and in every
+file that imported it by name, by one that reads a single attribute of the thread: outside a routed module it is torch's
+function. When the last such module is reset or gone, torch's own function is back everywhere.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import types
 import weakref
 from typing import Any
 
-import torch.nn as nn
+import torch
 import torch.nn.functional as F
 
+from . import registry
+from .api import scaled_dot_product_attention
+from .errors import InvalidCallError
 from .request import current
 
 _original = F.scaled_dot_product_attention
-_routed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_rebound: list[types.ModuleType] = []
+# What keeps the function replaced. Weak: models that are gone need no reset.
+_scopes: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.RLock()
-_NAME = "scaled_dot_product_attention"
 
 
 def _routed_sdpa(
@@ -41,6 +43,16 @@ def _routed_sdpa(
     return any_rank_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
+# torch.jit.script knows torch's functions by identity; another model may be scripted while one is routed.
+if hasattr(torch.jit._builtins, "_register_builtin"):
+    torch.jit._builtins._register_builtin(_routed_sdpa, "aten::scaled_dot_product_attention")
+
+
+def is_sdpa(value: Any) -> bool:
+    """Whether a value is torch's function or its replacement."""
+    return value is _original or value is _routed_sdpa
+
+
 def any_rank_sdpa(
     query: Any,
     key: Any,
@@ -51,52 +63,87 @@ def any_rank_sdpa(
     scale: float | None,
     enable_gqa: bool,
 ) -> Any:
-    """BHSD attention through this library for tensors of any rank: torch's function takes 3-D ones too."""
-    from .api import scaled_dot_product_attention
-
-    if query.ndim == 4:
-        return scaled_dot_product_attention(
-            query, key, value, _as_torch(attn_mask, query), dropout_p, is_causal, scale, enable_gqa
+    """Attention through this library with torch's reading of shapes: (..., heads, seq, head_dim) of any rank, with leading
+    dimensions and masks broadcast from the right."""
+    if query.is_nested:
+        raise InvalidCallError(
+            "nested tensors cannot be routed. Pass padded tensors with a mask, or leave this module out: "
+            "set_attention_backend(model, ..., exclude='its.name')."
         )
-    if query.ndim == 3:
-        mask = attn_mask[:, None] if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
-        query4, key4, value4 = (tensor[:, None] for tensor in (query, key, value))
-        return scaled_dot_product_attention(
-            query4, key4, value4, _as_torch(mask, query4), dropout_p, is_causal, scale, enable_gqa
-        )[:, 0]
-    return _original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if query.ndim == 4 and key.ndim == 4 and query.shape[0] == key.shape[0]:
+        if attn_mask is not None and attn_mask.ndim < 4:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+        if query.shape[1] == key.shape[1] or enable_gqa:
+            return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    lead = query.shape[:-3] if enable_gqa else query.shape[:-2]
+    lead = torch.broadcast_shapes(lead, key.shape[: key.ndim - query.ndim + len(lead)])
+    query, key, value = (_with_lead(tensor, lead, 3 if enable_gqa else 2) for tensor in (query, key, value))
+    mask = attn_mask
+    if mask is not None:
+        heads = query.shape[-3:-2] if enable_gqa else ()
+        mask = _with_lead(mask.expand(*lead, *heads, *mask.shape[-2:]), lead, 2 + len(heads))
+        mask = _four_dims(mask, lead)
+    query4, key4, value4 = (_four_dims(tensor, lead) for tensor in (query, key, value))
+    result = scaled_dot_product_attention(query4, key4, value4, mask, dropout_p, is_causal, scale, enable_gqa)
+    return result.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def _as_torch(attn_mask: Any, query: Any) -> Any:
-    """torch broadcasts masks from the right: 2-D is (Q, K), never key padding, and 3-D is (H, Q, K)."""
-    if attn_mask is None or attn_mask.ndim >= 4:
-        return attn_mask
-    return attn_mask[(None,) * (4 - attn_mask.ndim)]
+def _with_lead(tensor: Any, lead: tuple[int, ...], kept: int) -> Any:
+    return tensor.expand(*lead, *tensor.shape[-kept:])
 
 
-def intercept_sdpa(module: nn.Module) -> None:
-    """Route the torch function for a module until :func:`release_sdpa`."""
+def _four_dims(tensor: Any, lead: tuple[int, ...]) -> Any:
+    """(*lead, [heads,] seq, dim) as (batch, heads, seq, dim)."""
+    rest = tensor.shape[len(lead) :]
+    if len(rest) == 3:
+        return tensor.reshape(-1, *rest)
+    heads = lead[-1] if lead else 1
+    return tensor.reshape(-1, heads, *rest)
+
+
+def intercept(scope: Any) -> None:
+    """Keep torch's function replaced for as long as ``scope`` lives, or until :func:`release`."""
     with _lock:
-        _routed.add(module)
-        if F.scaled_dot_product_attention is not _routed_sdpa:
-            F.scaled_dot_product_attention = _routed_sdpa
-        names = {type(part).__module__ for part in (module, getattr(module, "processor", None)) if part is not None}
-        for name in names:
-            home = sys.modules.get(name)
-            if home is not None and getattr(home, _NAME, None) is _original and home is not F:
-                setattr(home, _NAME, _routed_sdpa)
-                _rebound.append(home)
+        # The backends bind torch's own function when they are loaded.
+        registry.get("native")
+        _scopes.add(scope)
+        weakref.finalize(scope, _restore_if_unused).atexit = False
+        _swap(_original, _routed_sdpa, all_files=False)
 
 
-def release_sdpa(module: nn.Module) -> None:
-    """Undo :func:`intercept_sdpa`; with the last module torch's own function is back everywhere."""
+def intercept_everywhere() -> None:
+    """Replace the function in files imported since the first replacement too."""
     with _lock:
-        _routed.discard(module)
-        if _routed:
-            return
-        if F.scaled_dot_product_attention is _routed_sdpa:
-            F.scaled_dot_product_attention = _original
-        for home in _rebound:
-            if getattr(home, _NAME, None) is _routed_sdpa:
-                setattr(home, _NAME, _original)
-        _rebound.clear()
+        if _in_use():
+            _swap(_original, _routed_sdpa, all_files=True)
+
+
+def release(scope: Any) -> None:
+    """Undo :func:`intercept`."""
+    with _lock:
+        _scopes.discard(scope)
+        _restore_if_unused()
+
+
+def _in_use() -> bool:
+    # Not len(): while a scope dies, the set may still count it.
+    return any(True for _ in _scopes)
+
+
+def _restore_if_unused() -> None:
+    with _lock:
+        if not _in_use():
+            _swap(_routed_sdpa, _original, all_files=True)
+
+
+def _swap(old: Any, new: Any, all_files: bool) -> None:
+    if not all_files and F.scaled_dot_product_attention is new:
+        return
+    if F.scaled_dot_product_attention is old:
+        F.scaled_dot_product_attention = new
+    for name, module in list(sys.modules.items()):
+        if not isinstance(module, types.ModuleType) or name.startswith(("torch.", "attention_dispatch.")):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is old:
+                setattr(module, attribute, new)

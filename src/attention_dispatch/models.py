@@ -10,22 +10,21 @@ A module is a *site* if it computes attention itself. There are two kinds:
 
 from __future__ import annotations
 
-import fnmatch
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn as nn
 
-from . import registry
+from . import policies, registry
 from .errors import InvalidCallError
-from .interception import intercept_sdpa, release_sdpa
-from .request import Request, current, parse
+from .interception import intercept_everywhere
+from .request import ROLES, Request
+from .scopes import Choice, Schedule, choice_of, has_scope, remove_scope, set_scope, use_nested_tensors
 from .sites import Site, find_sites
 
 _MISSING = "<missing>"
 _SAVED = "_attention_backend_before"
-_SCOPE = "_attention_dispatch_scope"
 
 
 class Report(NamedTuple):
@@ -47,7 +46,7 @@ class Report(NamedTuple):
 
 
 def set_attention_backend(
-    model: nn.Module,
+    model: Any,
     request: Any,
     *,
     include: str | Sequence[str] | None = None,
@@ -55,12 +54,14 @@ def set_attention_backend(
 ) -> Report:
     """Route the attention of a model. The setting lives on its modules; other models and the process do not change.
 
-    Everything is checked before anything is changed. Setting again replaces the earlier setting.
+    Everything is checked before anything is changed. Setting again replaces the earlier setting of the modules it
+    names; others keep theirs.
 
     Args:
-        model: any module.
-        request: a name, a sequence of names, ``"auto"``, ``"auto_quantized"``, or a dict of module-name patterns
-            (``fnmatch``, as in ``"blocks.0.*"``) to requests; the last pattern that matches a module counts.
+        model: any module; or a pipeline, an object whose ``components`` is a dict that holds modules. A pipeline's
+            text encoders and other models that are not diffusers' own are routed only by ``policies.components``.
+        request: a name, a sequence of names, ``"auto"``, ``"auto_quantized"``, a policy (see ``policies``), or a dict
+            of module-name patterns, as in ``policies.modules``, of which the last that matches a module counts.
         include, exclude: patterns that narrow the modules down.
 
     Returns:
@@ -79,27 +80,30 @@ def set_attention_backend(
           self_attn -> 'native'
         >>> ad.reset_attention_backend(model)
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidCallError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}. For a pipeline pass its transformer."
-        )
-    _adopt_integrations(model)
-    sites = find_sites(model)
-    assignment, left = _assign(sites, request, _patterns(include), _patterns(exclude))
-    if not assignment:
-        raise InvalidCallError(_nothing_routed(model, sites))
-    for _site, wanted in assignment:
-        if wanted.mode == "demand":
-            registry.require(wanted.names[0])
-    for site, wanted in assignment:
-        _apply(site, wanted)
-    return Report(tuple((site.name, str(wanted)) for site, wanted in assignment), tuple(left))
+    parts = list(_parts(model))
+    sites: list[Site] = []
+    component_of: dict[int, str] = {}
+    for component, part in parts:
+        _adopt_integrations(part)
+        for site in find_sites(part):
+            name = f"{component}.{site.name}".strip(".") if component else site.name
+            sites.append(site._replace(name=name))
+            component_of[id(site.module)] = component
+    assignment, left = _assign(model, sites, request, include, exclude, component_of)
+    _check(assignment)
+    left += [(site.name, _keeps(site, why)) for site, why in _left(sites, assignment, include, exclude)]
+    _apply([part for _, part in parts], assignment, sites)
+    return Report(tuple((site.name, str(choice)) for site, choice in assignment), tuple(left))
 
 
-def reset_attention_backend(model: nn.Module) -> None:
+def reset_attention_backend(model: Any) -> None:
     """Undo every :func:`set_attention_backend` on a model and its submodules: what was there before is there again."""
-    for site in find_sites(model):
-        _restore(site)
+    for _component, part in _parts(model):
+        for site in find_sites(part):
+            _restore(site)
+        use_nested_tensors(part, True)
+        for integration in _loaded("transformers"):
+            integration.release(part)
 
 
 class AttentionModelMixin:
@@ -120,89 +124,179 @@ class AttentionModelMixin:
         self, request: Any, *, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
     ) -> Report:
         """See :func:`attention_dispatch.set_attention_backend`."""
-        return set_attention_backend(self, request, include=include, exclude=exclude)  # type: ignore[arg-type]
+        return set_attention_backend(self, request, include=include, exclude=exclude)
 
     def reset_attention_backend(self) -> None:
         """See :func:`attention_dispatch.reset_attention_backend`."""
-        reset_attention_backend(self)  # type: ignore[arg-type]
+        reset_attention_backend(self)
 
 
-def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+def _parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(component name, module): the model itself under the name ``""``, or the modules of a pipeline."""
+    if isinstance(model, nn.Module):
+        yield "", model
+        return
+    components = getattr(model, "components", None)
+    if not isinstance(components, dict):
+        raise InvalidCallError(
+            f"model must be a torch.nn.Module, or a pipeline with a dict of components, got {type(model).__name__}."
+        )
+    for name, component in components.items():
+        if isinstance(component, nn.Module):
+            yield name, component
+
+
+def _assign(
+    model: Any,
+    sites: Sequence[Site],
+    request: Any,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    component_of: dict[int, str],
+) -> tuple[list[tuple[Site, Choice]], list[tuple[str, str]]]:
+    """The sites to set with their choices, and what is left before any choice is made."""
+    routable = [site for site in sites if site.routable]
+    left = [(site.name, site.why) for site in sites if not site.routable]
+    if not isinstance(model, nn.Module) and getattr(request, "kind", "") != "components":
+        foreign = [site for site in routable if not _is_own_component(model, component_of[id(site.module)])]
+        left += [(site.name, "not a diffusers model: name it in policies.components") for site in foreign]
+        routable = [site for site in routable if site not in foreign]
+    for pattern in (*_patterns(include), *_patterns(exclude)):
+        policies._matching(pattern, routable, range(len(routable)))
+    narrowed = [site for site in routable if not _outside(site, include, exclude)]
+    wanted = policies.assign(request, narrowed, lambda site: component_of[id(site.module)] or None)
+    if not wanted:
+        raise InvalidCallError(_nothing_routed(model, sites))
+    return [(narrowed[index], choice) for index, choice in sorted(wanted.items())], left
+
+
+def _is_own_component(pipeline: Any, component: str) -> bool:
+    own = type(pipeline.components[component]).__module__.partition(".")[0]
+    return own == "diffusers" or type(pipeline).__module__.partition(".")[0] != "diffusers"
+
+
+def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
     if value is None:
-        return None
+        return ()
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(policies._matcher(pattern)(name) for pattern in patterns)
 
 
-def _assign(
-    sites: Sequence[Site], request: Any, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
-) -> tuple[list[tuple[Site, Request]], list[tuple[str, str]]]:
-    if isinstance(request, Mapping):
-        rules = [(pattern, parse(wanted)) for pattern, wanted in request.items()]
-    else:
-        rules = [("*", parse(request))]
-    names = [site.name for site in sites]
-    for pattern in (
-        *(pattern for pattern, _ in rules if isinstance(request, Mapping)),
-        *(include or ()),
-        *(exclude or ()),
-    ):
-        if sites and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise InvalidCallError(
-                f"the pattern {pattern!r} matches no attention module. They are: {', '.join(names[:12]) or '(none)'}"
-                f"{', ...' if len(names) > 12 else ''}."
-            )
-    assigned, left = [], []
+def _outside(site: Site, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> str:
+    """Why a site is not among those asked for; empty if it is."""
+    if include is not None and not _matches(site.name, _patterns(include)):
+        return "not in include"
+    return "in exclude" if _matches(site.name, _patterns(exclude)) else ""
+
+
+def _left(
+    sites: Sequence[Site],
+    assignment: Sequence[tuple[Site, Choice]],
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+) -> Iterator[tuple[Site, str]]:
+    assigned = {id(site.module) for site, _ in assignment}
     for site in sites:
-        if include is not None and not _matches(site.name, include):
-            left.append((site.name, "not in include"))
-        elif exclude is not None and _matches(site.name, exclude):
-            left.append((site.name, "in exclude"))
-        elif not site.routable:
-            left.append((site.name, site.why))
-        else:
-            wanted = [rule for pattern, rule in rules if fnmatch.fnmatchcase(site.name, pattern)]
-            if wanted:
-                assigned.append((site, wanted[-1]))
-            else:
-                left.append((site.name, "no pattern matches"))
-    return assigned, left
+        if site.routable and id(site.module) not in assigned:
+            yield site, _outside(site, include, exclude) or "no pattern matches"
 
 
-def _nothing_routed(model: nn.Module, sites: Sequence[Site]) -> str:
+def _keeps(site: Site, why: str) -> str:
+    choice = _setting(site)
+    return why if choice is None else f"{why}; keeps {choice}"
+
+
+def _setting(site: Site) -> Any:
+    if has_scope(site.module):
+        return choice_of(site.module)
+    return getattr(site.holder, "_attention_backend", None) if site.kind == "attribute" else None
+
+
+def _nothing_routed(model: Any, sites: Sequence[Site]) -> str:
     name = type(model).__name__
+    if any(site.routable for site in sites):
+        return f"nothing of {name} was routed: include, exclude or the policy leave none of its attention modules."
     if sites:
-        whys = "; ".join(dict.fromkeys(site.why for site in sites if site.why)) or "include/exclude leave none"
-        return f"nothing of {name} was routed: {whys}."
+        return f"nothing of {name} was routed: {'; '.join(dict.fromkeys(site.why for site in sites))}."
     return (
         f"{name} has no module whose forward calls scaled_dot_product_attention or dispatch_attention_fn, so there is "
         f"nothing to route. If it computes attention by hand, call attention_dispatch.dispatch_attention_fn there."
     )
 
 
-def _apply(site: Site, wanted: Request) -> None:
+def _check(assignment: Sequence[tuple[Site, Choice]]) -> None:
+    """Raise for backends that cannot be used here, and for one object that would get two settings."""
+    holders: dict[int, tuple[Site, Choice]] = {}
+    for site, choice in assignment:
+        for request in _requests(choice):
+            if request.mode == "demand":
+                registry.require(request.names[0])
+        other, before = holders.setdefault(id(site.holder), (site, choice))
+        if before != choice:
+            raise InvalidCallError(
+                f"{other.name!r} and {site.name!r} share one {type(site.holder).__name__}, so they cannot be set to "
+                f"{before} and {choice}. Give each its own, or set both alike."
+            )
+
+
+def _requests(choice: Choice) -> Iterator[Request]:
+    if isinstance(choice, Schedule):
+        for _start, _stop, request in choice.segments:
+            yield from _requests(request)
+    elif isinstance(choice, Request):
+        if choice.mode == ROLES:
+            yield from choice.names
+        else:
+            yield choice
+
+
+def _apply(parts: Sequence[nn.Module], assignment: Sequence[tuple[Site, Choice]], sites: Sequence[Site]) -> None:
+    before = [(site, has_scope(site.module), choice_of(site.module), dict(vars(site.holder))) for site in sites]
+    try:
+        for site, choice in assignment:
+            _set(site, choice)
+        _shield(sites, {id(site.module) for site, _ in assignment})
+        for part in parts:
+            use_nested_tensors(part, False)
+        for integration in _loaded("transformers"):
+            integration.adopt(parts, [site.module for site, _ in assignment if site.interface])
+        intercept_everywhere()
+    except BaseException:
+        for site, had_scope, choice, attributes in before:
+            (set_scope if had_scope else lambda module, _: remove_scope(module))(site.module, choice)
+            for name in ("_attention_backend", _SAVED):
+                vars(site.holder).pop(name, None)
+                if name in attributes:
+                    vars(site.holder)[name] = attributes[name]
+        raise
+
+
+def _set(site: Site, choice: Choice) -> None:
+    fixed = isinstance(choice, Request) and choice.mode != ROLES
     if site.kind == "attribute":
-        holder = site.holder
-        if _SAVED not in vars(holder):
-            setattr(holder, _SAVED, vars(holder).get("_attention_backend", _MISSING))
-        holder._attention_backend = _spelled(wanted)
-        return
-    scope = vars(site.module).get(_SCOPE)
-    if scope is None:
-        scope = _Scope()
-        scope.handles = (
-            site.module.register_forward_pre_hook(_enter_scope),
-            site.module.register_forward_hook(_leave_scope, always_call=True),
-        )
-        setattr(site.module, _SCOPE, scope)
-        intercept_sdpa(site.module)
-    scope.request = wanted
+        holder = vars(site.holder)
+        if _SAVED not in holder:
+            holder[_SAVED] = holder.get("_attention_backend", _MISSING)
+        holder["_attention_backend"] = _spelled(choice) if fixed else None
+        if fixed:
+            remove_scope(site.module)
+            return
+    set_scope(site.module, choice)
 
 
-def _spelled(wanted: Request) -> Any:
+def _shield(sites: Sequence[Site], assigned: set[int]) -> None:
+    """Modules that were left, but run inside the forward of one that was not, keep out of its setting."""
+    outer = [site for site in sites if id(site.module) in assigned and has_scope(site.module)]
+    covered = {id(part) for site in outer for part in site.module.modules() if part is not site.module}
+    for site in sites:
+        if id(site.module) in covered and id(site.module) not in assigned and not has_scope(site.module):
+            set_scope(site.module, None)
+
+
+def _spelled(wanted: Any) -> Any:
     """A request as users and other libraries write it: a name where it is one."""
     if wanted.mode == "demand":
         return wanted.names[0]
@@ -210,45 +304,29 @@ def _spelled(wanted: Request) -> Any:
 
 
 def _restore(site: Site) -> None:
-    holder = site.holder
-    if _SAVED in vars(holder):
-        before = vars(holder).pop(_SAVED)
-        if before == _MISSING:
-            vars(holder).pop("_attention_backend", None)
-        else:
-            holder._attention_backend = before
-    scope = vars(site.module).pop(_SCOPE, None)
-    if scope is not None:
-        for handle in scope.handles:
-            handle.remove()
-        release_sdpa(site.module)
-
-
-class _Scope:
-    """The setting of a scope site, on its module: travels with ``copy.deepcopy`` and pickling."""
-
-    request: Request
-    handles: tuple[Any, ...] = ()
-
-
-def _enter_scope(module: nn.Module, args: Any) -> None:
-    scope = module.__dict__[_SCOPE]
-    stack = current.stack
-    stack.append(current.model)
-    current.model = scope.request
-    current.refresh()
-
-
-def _leave_scope(module: nn.Module, args: Any, output: Any) -> None:
-    current.model = current.stack.pop()
-    current.refresh()
+    holder = vars(site.holder)
+    if _SAVED in holder:
+        before = holder.pop(_SAVED)
+        holder.pop("_attention_backend", None)
+        if before != _MISSING:
+            holder["_attention_backend"] = before
+    remove_scope(site.module)
 
 
 def _adopt_integrations(model: nn.Module) -> None:
-    """A diffusers model asks diffusers' own dispatcher, so that one has to be routed here first."""
-    if "diffusers" in sys.modules and any(
-        type(module).__module__.startswith("diffusers.") for module in model.modules()
-    ):
+    """Models of a library that keeps attention functions of its own need that library routed here first."""
+    homes = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    if "diffusers" in homes:
         from .integrations import diffusers
 
         diffusers.activate()
+    if "transformers" in sys.modules and any(site.interface for site in find_sites(model)):
+        from .integrations import transformers
+
+        transformers.activate()
+
+
+def _loaded(name: str) -> Iterator[Any]:
+    module = sys.modules.get(f"attention_dispatch.integrations.{name}")
+    if module is not None:
+        yield module

@@ -12,21 +12,31 @@ from .errors import InvalidCallError
 
 AUTO = "auto"
 AUTO_QUANTIZED = "auto_quantized"
+ROLES = "roles"
 
 
 class Request(NamedTuple):
     """A validated request.
 
     Attributes:
-        mode: ``"demand"`` (one name, never falls back), ``"permission"`` (names in order), ``"auto"`` or
-            ``"auto_quantized"``.
-        names: the backends of a demand or permission.
+        mode: ``"demand"`` (one name, never falls back), ``"permission"`` (names in order), ``"auto"``,
+            ``"auto_quantized"``, or ``"roles"`` (a request for self- and one for cross-attention, told apart by lengths).
+        names: the backends of a demand or permission; the two requests of ``"roles"``.
     """
 
     mode: str
-    names: tuple[str, ...] = ()
+    names: tuple[Any, ...] = ()
+
+    def for_lengths(self, q_len: int, k_len: int) -> Request:
+        """The request itself, or for ``"roles"`` the one that counts for these lengths."""
+        if self.mode != ROLES:
+            return self
+        found: Request = self.names[0] if q_len == k_len else self.names[1]
+        return found
 
     def __str__(self) -> str:
+        if self.mode == ROLES:
+            return f"{self.names[0]} where q and k are equally long, else {self.names[1]}"
         if self.mode == "demand":
             return repr(self.names[0])
         return str(list(self.names)) if self.mode == "permission" else repr(self.mode)
@@ -82,17 +92,21 @@ class _ThreadRequests(threading.local):
     """The settings of the running thread.
 
     Attributes:
-        model: the request of the innermost routed module whose forward is running; ``stack`` holds the outer ones.
+        model: the request of the innermost routed module whose forward is running.
+        stack: (module, the request outside it) of every routed module whose forward is running.
         scope: the request of the innermost ``with attention_backend``.
         observer: called after each call while calls are recorded.
+        step: the denoising step, None outside of one; ``scheduled`` holds the requests of policies for it.
         effective: what these amount to, kept so that a call reads one attribute.
     """
 
     def __init__(self) -> None:
         self.model: Request | None = None
-        self.stack: list[Request | None] = []
+        self.stack: list[tuple[Any, Request | None]] = []
         self.scope: Request | None = None
         self.observer: Any = None
+        self.step: int | None = None
+        self.scheduled: dict[str, Request] = {}
         self.effective: Request | Observed | None = None
 
     def refresh(self) -> None:
