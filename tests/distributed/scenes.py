@@ -66,7 +66,7 @@ def windows(parallel: ContextParallel, native: bool) -> dict[str, float]:
     """Windows, causal and not, with and without a kernel that knows windows; softcap beside it."""
     found = {}
     for tokens, columns in ((24, 24), (13, 13), (13, 22)):
-        for window in ((3, -1), (3, 2), (0, 0), (-1, 4), (20, 1)):
+        for window in ((3, -1), (3, 2), (1, 0), (-1, 4), (20, 1)):
             for causal in (False, True):
                 whole = tensors(tokens, columns=columns)
                 exact = [tensor.double().requires_grad_() for tensor in whole]
@@ -274,7 +274,8 @@ def two_ranks(rank: int) -> dict[str, Any]:
         "resident": lambda: resident_keys(rank, 2),
         "failures": lambda: failures(rank, 2),
         "refusals": lambda: refusals(rank),
-        "empty": lambda: {"out": error_to(ring, dispatched(ring, tensors(1)), tensors(1))},
+        "absent": lambda: absent_rank(rank),
+        "few tokens": lambda: {"out": error_to(ring, dispatched(ring, tensors(1)), tensors(1))},
     }
     return {name: outcome(scene) for name, scene in scenes.items()}
 
