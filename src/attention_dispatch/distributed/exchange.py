@@ -6,6 +6,7 @@ any batch size, and becomes (B, S, H, D) by a transpose that copies nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,12 +45,12 @@ def assign_heads(heads: int, kv_heads: int, world: int) -> tuple[HeadRange, ...]
     group = heads // max(kv_heads, 1)
     if kv_heads >= world:
         edges = _edges(kv_heads, world)
-        return tuple(HeadRange(a * group, b * group, a, b) for a, b in zip(edges, edges[1:]))
+        return tuple(HeadRange(a * group, b * group, a, b) for a, b in itertools.pairwise(edges))
     ranges = []
     ranks = _edges(world, kv_heads)
-    for kv_head, (first, last) in enumerate(zip(ranks, ranks[1:])):
+    for kv_head, (first, last) in enumerate(itertools.pairwise(ranks)):
         edges = _edges(group, last - first)
-        for a, b in zip(edges, edges[1:]):
+        for a, b in itertools.pairwise(edges):
             start = kv_head * group
             ranges.append(HeadRange(start + a, start + b, kv_head, kv_head + (b > a)))
     return tuple(ranges)
@@ -63,7 +64,7 @@ def chunk_heads(assigned: Sequence[HeadRange], chunks: int) -> tuple[tuple[HeadR
         group = (rank.q_stop - rank.q_start) // max(kv_heads, 1)
         edges = _edges(kv_heads, chunks)
         table.append([HeadRange(rank.q_start + a * group, rank.q_start + b * group,
-                                rank.kv_start + a, rank.kv_start + b) for a, b in zip(edges, edges[1:])])
+                                rank.kv_start + a, rank.kv_start + b) for a, b in itertools.pairwise(edges)])
     return tuple(zip(*table))
 
 
