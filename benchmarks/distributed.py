@@ -162,7 +162,7 @@ class Bench:
             self.record("one process", backend, tokens, seconds, peak, one,
                         self.error(pair.forward(*whole, call)[0], every, rows, exact))
             # From here on a rank holds its shard only, so that the peak is that of the scheme.
-            del whole
+            whole.clear()
             for scheme, parallel in self.parallel.items():
                 local = [shard(tensor, parallel) for tensor in self.inputs(tokens)]
                 self.scheme(scheme, tokens, parallel, pair, local, shard(every[None], parallel)[0], one,

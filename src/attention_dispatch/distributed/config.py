@@ -190,5 +190,6 @@ def as_context_parallel(parallel_config: Any) -> ContextParallel | None:
             "  Do:    pass it to model.enable_parallelism(config=...) first, or call its setup()."
         )
     parallel = ContextParallel(mesh)
-    _converted[id(inner)] = (weakref.ref(inner, lambda _, key=id(inner): _converted.pop(key, None)), parallel)
+    key = id(inner)
+    _converted[key] = (weakref.ref(inner, lambda _: _converted.pop(key, None)), parallel)
     return parallel
