@@ -32,11 +32,11 @@ class AttentionCall:
     """A validated call. Every field is canonical: no None for scale, no 2-D masks, no unknown options.
 
     Attributes:
-        query: (B, Q, H, D). key: (B, K, G, D). value: (B, K, G, V).
+        query: (B, Q, H, D). key: (B, K, G, D). value: (B, K, G, V). The last dimension is contiguous.
         mask: :class:`~attention_dispatch.masks.Mask` or None.
         dropout_p: probability in [0, 1).
         is_causal: query i sees keys j <= i (top-left aligned).
-        scale: factor of the scores.
+        scale: factor of the scores, > 0; the sign of a negative one is in ``query``.
         enable_gqa: H != G.
         window_size: (left, right); query i sees keys i - left <= j <= i + right; -1 is unbounded.
         softcap: scores become softcap * tanh(scores / softcap) before masking; 0.0 is off.
@@ -150,14 +150,17 @@ def canonicalise(
     mask = None
     if attn_mask is not None:
         mask = normalise(attn_mask, batch, heads, q_len, key.shape[1], query.device)
+    factor = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    if factor <= 0.0:
+        query, factor = _positive_scale(query, factor)
     call = AttentionCall(
-        query,
-        key,
-        value,
+        query if query.stride(3) == 1 else query.contiguous(),
+        key if key.stride(3) == 1 else key.contiguous(),
+        value if value.stride(3) == 1 else value.contiguous(),
         mask,
         float(dropout_p),
         bool(is_causal),
-        1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        factor,
         index(heads) != index(key.shape[2]),
     )
     if attention_kwargs:
@@ -291,6 +294,14 @@ def _apply_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
             f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}."
         )
     return query, key, value
+
+
+def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a scale > 0: fused kernels take the maximum of a row before they scale it.
+
+    With scale <= 0 and causal masking, torch's own CPU kernel returns NaN (torch 2.13).
+    """
+    return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
