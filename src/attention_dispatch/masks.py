@@ -90,6 +90,35 @@ def keep_matrix(q_len: int, k_len: int, is_causal: bool, window_size: tuple[int,
     return keep
 
 
+class BlockTable(NamedTuple):
+    """The blocks that a BlockMask lists, as bool (B or 1, H or 1, ceil(Q / block), ceil(K / block)).
+
+    Attributes:
+        partial: blocks in which ``mask_mod`` decides. full: blocks that are visible throughout, or None.
+        q_block, k_block: their sizes.
+    """
+
+    partial: Tensor
+    full: Tensor | None
+    q_block: int
+    k_block: int
+
+
+def block_table(block_mask: BlockMask) -> BlockTable:
+    """What a BlockMask shows besides its ``mask_mod``: a table that the caller made may list any blocks."""
+    q_block, k_block = block_mask.BLOCK_SIZE
+    full = None
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
+        full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    return BlockTable(_listed(block_mask.kv_num_blocks, block_mask.kv_indices), full, q_block, k_block)
+
+
+def _listed(counts: Tensor, indices: Tensor) -> Tensor:
+    valid = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    blocks = torch.zeros(indices.shape, dtype=torch.int32, device=indices.device)
+    return blocks.scatter_add(-1, indices.long(), valid.to(torch.int32)) > 0
+
+
 _memo = WeakTensorKeyDictionary()
 _memo_lock = threading.Lock()
 
@@ -98,7 +127,8 @@ def derived(tensor: Tensor, key: Hashable, build: Callable[[], T]) -> T:
     """``build()``, remembered for as long as the mask object lives and is not written to.
 
     Views of one tensor share its memory of results, so that a mask re-viewed in every layer is prepared once per
-    forward. Inference tensors have no version counter, and a graph being traced has no objects: both rebuild.
+    forward. Inference tensors have no version counter, and a graph being traced has no objects: both rebuild. What is
+    built must not hold ``tensor`` itself (hold ``tensor.detach()``), or neither is ever freed.
     """
     if torch.compiler.is_compiling() or tensor.is_inference():
         return build()

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from .. import known_bad, settings
 from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
-from ..masks import derived
+from ..masks import block_table, derived
 from ..registry import Backend
 
 _MASKS = frozenset({"key_padding", "bool", "bias", "block"})
@@ -79,7 +80,10 @@ def _block_mask(call: AttentionCall) -> BlockMask | None:
     device = call.query.device
     q_len, k_len = call.query.shape[1], call.key.shape[1]
     if mask is not None and mask.kind == "block":
-        return _combine(mask.block_mask, structure, q_len, k_len) if structure else mask.block_mask
+        # Unfused, FlexAttention evaluates mask_mod everywhere and does not look at the listed blocks.
+        if structure is None and device.type != "cpu":
+            return mask.block_mask
+        return _with_structure(call, structure)
     if mask is None or mask.kind == "bias":
         if structure is None:
             return None
@@ -89,7 +93,9 @@ def _block_mask(call: AttentionCall) -> BlockMask | None:
     batch, heads = tensor.shape[0], tensor.shape[1] if tensor.ndim == 4 else 1
 
     def build() -> BlockMask:
-        mod = _padding(tensor) if mask.kind == "key_padding" else _broadcast_index(tensor)
+        # Detached: a result that held the caller's tensor would keep it, and so itself, alive.
+        held = tensor.detach()
+        mod = _padding(held) if mask.kind == "key_padding" else _broadcast_index(held)
         return _create(_both(mod, structure) if structure else mod, batch, heads, q_len, k_len, device)
 
     return derived(tensor, ("block", call.is_causal, call.window_size, q_len, k_len), build)
@@ -110,10 +116,35 @@ def _structural_mask(structure: Callable[..., Tensor], key: tuple[Any, ...]) -> 
     return found
 
 
-def _combine(block_mask: BlockMask | None, structure: Callable[..., Tensor], q_len: int, k_len: int) -> BlockMask:
-    assert block_mask is not None
-    batch, heads = block_mask.kv_num_blocks.shape[:2]
-    return _create(_both(block_mask.mask_mod, structure), batch, heads, q_len, k_len, block_mask.kv_num_blocks.device)
+def _with_structure(call: AttentionCall, structure: Callable[..., Tensor] | None) -> BlockMask:
+    """The caller's BlockMask, its listed blocks included, and causal masking and window, as one mask_mod."""
+    assert call.mask is not None and call.mask.block_mask is not None
+    block_mask = call.mask.block_mask
+    q_len, k_len = call.query.shape[1], call.key.shape[1]
+
+    def build() -> BlockMask:
+        listed = _listed_blocks(block_mask)
+        mod = _both(listed, structure) if structure else listed
+        batch, heads = block_mask.kv_num_blocks.shape[:2]
+        return _create(mod, batch, heads, q_len, k_len, block_mask.kv_num_blocks.device)
+
+    key = ("with_structure", block_mask.mask_mod, call.is_causal, call.window_size, q_len, k_len)
+    return derived(block_mask.kv_indices, key, build)
+
+
+def _listed_blocks(block_mask: BlockMask) -> Callable[..., Tensor]:
+    """mask_mod that is true where a BlockMask shows a key: in a full block, or by its own mask_mod in a partial one."""
+    table, inside = block_table(block_mask), block_mask.mask_mod
+    read_partial = _broadcast_blocks(table.partial, table.q_block, table.k_block)
+    if table.full is None:
+        return lambda b, h, q, k: read_partial(b, h, q, k) & inside(b, h, q, k)
+    read_full = _broadcast_blocks(table.full, table.q_block, table.k_block)
+    return lambda b, h, q, k: (read_partial(b, h, q, k) & inside(b, h, q, k)) | read_full(b, h, q, k)
+
+
+def _broadcast_blocks(blocks: Tensor, q_block: int, k_block: int) -> Callable[..., Tensor]:
+    read = _broadcast_index(blocks)
+    return lambda b, h, q, k: read(b, h, q // q_block, k // k_block)
 
 
 def _create(
@@ -170,33 +201,42 @@ def _kernel_options(call: AttentionCall) -> dict[str, Any] | None:
 _compiled: dict[Any, Callable[..., Any]] = {}
 
 
-def _compiled_for(call: AttentionCall) -> Callable[..., Any]:
-    """A compiled ``_run`` of its own per kind of call.
+def _kind_of(call: AttentionCall) -> tuple[Any, ...]:
+    """What calls must have in common to share one compiled function."""
+    query, mask = call.query, call.mask
+    tensor = None if mask is None else mask.tensor
+    broadcast = () if tensor is None else tuple(size == 1 for size in tensor.shape)
+    return (query.device.type, query.dtype, query.shape[3], call.value.shape[3], None if mask is None else mask.kind,
+            broadcast, call.is_causal, call.window_size, call.softcap, call.return_lse, call.enable_gqa, call.scale,
+            query.shape[1] <= _DECODE_LENGTH)  # fmt: skip
+
+
+def _compile(device: str) -> Callable[..., Any]:
+    """A compiled ``_run`` with a code object of its own.
 
     Dynamo counts recompilations per code object and stops at a limit; kinds of calls must not use up each other's.
     """
-    query = call.query
-    kind = None if call.mask is None else call.mask.kind
-    broadcast = (
-        () if call.mask is None or call.mask.tensor is None else tuple(size == 1 for size in call.mask.tensor.shape)
-    )
-    device = query.device.type
-    key = (device, query.dtype, query.shape[3], call.value.shape[3], kind, broadcast, call.is_causal,
-           call.window_size, call.softcap, call.return_lse, call.enable_gqa, call.scale,
-           call.query.shape[1] <= _DECODE_LENGTH)  # fmt: skip
-    function = _compiled.get(key)
+    own = types.FunctionType(_run.__code__.replace(co_name=f"flex_{len(_compiled)}"), globals(), closure=None)
+    forced = settings.flex_compile()
+    fused = device != "cpu" if forced is None else forced
+    return torch.compile(own, fullgraph=True) if fused else torch.compile(own, fullgraph=True, backend="eager")
+
+
+def _run_compiled(call: AttentionCall, arguments: tuple[Any, ...]) -> Any:
+    kind = _kind_of(call)
+    function = _compiled.get(kind)
     if function is None:
-        own = types.FunctionType(_run.__code__.replace(co_name=f"flex_{len(_compiled)}"), globals(), closure=None)
-        forced = settings.flex_compile()
-        fused = device != "cpu" if forced is None else forced
-        function = torch.compile(own, fullgraph=True) if fused else torch.compile(own, fullgraph=True, backend="eager")
-        _compiled[key] = function
-    return function
+        function = _compiled[kind] = _compile(call.query.device.type)
+    try:
+        return function(*arguments)
+    except FailOnRecompileLimitHit:
+        # Many different mask_mods of the caller's own, for example: start over with an empty count.
+        function = _compiled[kind] = _compile(call.query.device.type)
+        return function(*arguments)
 
 
 def _flex(call: AttentionCall) -> AttentionOutput:
-    run = _run if torch.compiler.is_compiling() else _compiled_for(call)
-    result = run(
+    arguments = (
         call.query.transpose(1, 2),
         call.key.transpose(1, 2),
         call.value.transpose(1, 2),
@@ -207,6 +247,7 @@ def _flex(call: AttentionCall) -> AttentionOutput:
         call.return_lse,
         _kernel_options(call),
     )
+    result = _run(*arguments) if torch.compiler.is_compiling() else _run_compiled(call, arguments)
     if not call.return_lse:
         return AttentionOutput(result.transpose(1, 2))
     out, aux = result

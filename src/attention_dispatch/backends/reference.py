@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import adapt
 from ..call import AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
-from ..masks import keep_matrix
+from ..masks import block_table, keep_matrix
 from ..registry import Backend
 
 CAPABILITIES = Capabilities(
@@ -76,25 +76,16 @@ def _dense_block_mask(call: AttentionCall) -> Tensor:
     block_mask = call.mask.block_mask
     batch, heads = block_mask.kv_num_blocks.shape[:2]
     q_len, k_len = call.query.shape[1], call.key.shape[1]
-    q_block, k_block = block_mask.BLOCK_SIZE
-    device = call.query.device
     from torch.nn.attention.flex_attention import create_mask
 
-    inside = create_mask(block_mask.mask_mod, batch, heads, q_len, k_len, device=device)
-    partial = _visited(block_mask.kv_num_blocks, block_mask.kv_indices, q_block, k_block, q_len, k_len)
-    keep = inside & partial
-    if block_mask.full_kv_num_blocks is not None:
-        keep = keep | _visited(
-            block_mask.full_kv_num_blocks, block_mask.full_kv_indices, q_block, k_block, q_len, k_len
-        )
-    return keep
+    inside = create_mask(block_mask.mask_mod, batch, heads, q_len, k_len, device=call.query.device)
+    table = block_table(block_mask)
 
+    def dense(blocks: Tensor) -> Tensor:
+        return blocks.repeat_interleave(table.q_block, -2).repeat_interleave(table.k_block, -1)[..., :q_len, :k_len]
 
-def _visited(counts: Tensor, indices: Tensor, q_block: int, k_block: int, q_len: int, k_len: int) -> Tensor:
-    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    blocks = torch.zeros(indices.shape, dtype=torch.int32, device=indices.device)
-    blocks = blocks.scatter_add(-1, indices.long(), listed.to(torch.int32)) > 0
-    return blocks.repeat_interleave(q_block, -2).repeat_interleave(k_block, -1)[..., :q_len, :k_len]
+    keep = inside & dense(table.partial)
+    return keep if table.full is None else keep | dense(table.full)
 
 
 def _adapters(spec: CallSpec) -> tuple[str, ...]:
