@@ -13,7 +13,7 @@ _QUANTISED_LSE_ERROR = 0.1
 _ACCUMULATED = 8
 
 
-def allowed_error(exact: Tensor, low: Tensor, dtype: torch.dtype, cancelled: float = 0.0) -> float:
+def allowed_error(exact: Tensor, low: Tensor, dtype: torch.dtype, cancelled: float = 0.0, unit: float = 0.0) -> float:
     """Largest absolute error: 2 x (error of torch's own result + rounding band).
 
     Args:
@@ -22,19 +22,23 @@ def allowed_error(exact: Tensor, low: Tensor, dtype: torch.dtype, cancelled: flo
         dtype: of the compared result; its spacing at the largest value is the rounding band.
         cancelled: size of terms that cancel in the result. Gradients of q and k are differences of terms as large as
             the gradient of v: with a single key they are 0, and kernels return the rounding of what cancelled.
+        unit: smallest magnitude that rounding is relative to; 1 for an LSE, a logarithm of a rounded sum.
     """
     finite = exact.isfinite()
     if not bool(finite.any()):
         return 0.0
     own = float((low.double() - exact)[finite].abs().max())
-    band = torch.finfo(dtype).eps * float(exact[finite].abs().max())
+    largest = max(unit, float(exact[finite].abs().max()))
+    band = torch.finfo(dtype).eps * largest
     # In float64 the exact result has errors of its own.
     inner = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    band += _ACCUMULATED * inner * max(cancelled, float(exact[finite].abs().max()))
+    band += _ACCUMULATED * inner * max(cancelled, largest)
     return 2.0 * (own + band)
 
 
-def difference(actual: Tensor, exact: Tensor, low: Tensor, dtype: torch.dtype, cancelled: float = 0.0) -> str | None:
+def difference(
+    actual: Tensor, exact: Tensor, low: Tensor, dtype: torch.dtype, cancelled: float = 0.0, unit: float = 0.0
+) -> str | None:
     """What is wrong with ``actual``, in words; None if it lies within :func:`allowed_error`.
 
     Infinities must be where the exact result has them, and nothing else may be infinite or NaN.
@@ -46,7 +50,7 @@ def difference(actual: Tensor, exact: Tensor, low: Tensor, dtype: torch.dtype, c
     if not bool(finite.any()):
         return None
     errors = (actual.double() - exact)[finite].abs()
-    allowed = allowed_error(exact, low, dtype, cancelled)
+    allowed = allowed_error(exact, low, dtype, cancelled, unit)
     return None if float(errors.max()) <= allowed else f"largest error {float(errors.max()):.3g}, allowed {allowed:.3g}"
 
 
