@@ -194,18 +194,24 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_rows))
 
 
+def check_name(name: str) -> None:
+    """Nothing for a registered name. Imports no backend, so that it can be traced.
+
+    Raises:
+        UnknownBackendError: no such name; the message has the nearest ones.
+    """
+    if name not in _rows and name not in names():
+        raise UnknownBackendError(_unknown_message(name))
+
+
 def get(name: str) -> Backend:
     """The backend object of a name. Imports the family's file, not the vendor.
 
     Raises:
         UnknownBackendError: no such name; the message has the nearest ones.
     """
-    row = _rows.get(name)
-    if row is None:
-        if name in names():
-            row = _rows[name]
-        else:
-            raise UnknownBackendError(_unknown_message(name))
+    check_name(name)
+    row = _rows[name]
     if isinstance(row.target, Backend):
         return row.target
     module, _, attribute = row.target.partition(":")

@@ -60,7 +60,7 @@ def parse(request: Any) -> Request:
         name = _plain(request)
         if name in (AUTO, AUTO_QUANTIZED):
             return Request(name)
-        registry.get(name)
+        registry.check_name(name)
         return Request("demand", (name,))
     if isinstance(request, Sequence) and request and all(isinstance(item, str) for item in request):
         names = tuple(dict.fromkeys(_plain(item) for item in request))
@@ -69,7 +69,7 @@ def parse(request: Any) -> Request:
                 raise InvalidCallError(
                     f"{name!r} stands alone: it cannot be one name of a sequence, got {list(names)}."
                 )
-            registry.get(name)
+            registry.check_name(name)
         return Request("permission", names)
     raise InvalidCallError(
         f"a backend request is a name, a sequence of names, 'auto' or 'auto_quantized', got {request!r}."
@@ -176,6 +176,9 @@ _parsed: dict[Any, Request] = {}
 
 def parsed(request: Any) -> Request:
     """:func:`parse`, remembered for hashable requests."""
+    if isinstance(request, list):
+        # Traced, looking up what cannot be hashed raises nothing.
+        return parse(request)
     try:
         found = _parsed.get(request)
     except TypeError:
