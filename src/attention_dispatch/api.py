@@ -249,9 +249,9 @@ def _traced_choice(mode: str, names: tuple[str, ...], *facts: Any) -> str:
 def _without_keys(call: AttentionCall) -> AttentionOutput:
     """No keys, or nothing to compute: every row is empty."""
     query = call.query
-    out = (
-        query.new_zeros((*query.shape[:3], call.value.shape[3])) + (query.sum() + call.key.sum() + call.value.sum()) * 0
-    )
+    # Sums of nothing keep the output in the graph, and are 0 whatever the tensors hold.
+    nothing = query[:0].sum() + call.key[:0].sum() + call.value[:0].sum()
+    out = query.new_zeros((*query.shape[:3], call.value.shape[3])) + nothing
     lse = None
     if call.return_lse:
         batch, q_len, heads, _ = query.shape
