@@ -59,7 +59,10 @@ def check(function, length):
 @pytest.mark.parametrize("name", COMPILED)
 def test_fullgraph_is_the_very_first_call_and_lengths_compile_twice_at_most(name):
     """The first call fixes a length, the second makes it symbolic; three more lengths cost nothing."""
-    code = f"NAME = {name!r}\n" + COMPILE + textwrap.dedent("""
+    code = (
+        f"NAME = {name!r}\n"
+        + COMPILE
+        + textwrap.dedent("""
         dynamic = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
         for length in (16, 24, 40, 33, 57):
             check(dynamic, length)
@@ -71,6 +74,7 @@ def test_fullgraph_is_the_very_first_call_and_lengths_compile_twice_at_most(name
             check(unmarked, length)
         print(len(compilations))
         """)
+    )
     marked, unmarked = map(int, run(code).split())
     assert marked <= 2
     assert unmarked <= 2
@@ -79,7 +83,10 @@ def test_fullgraph_is_the_very_first_call_and_lengths_compile_twice_at_most(name
 @pytest.mark.parametrize("way", ["nothing", "environment", "scope outside", "scope inside", "auto", "sequence"])
 def test_fullgraph_first_whichever_way_the_backend_is_set(way):
     environment = {"ATTENTION_DISPATCH_BACKEND": "_native_math"} if way == "environment" else {}
-    code = "NAME = None\n" + COMPILE + textwrap.dedent(f"""
+    code = (
+        "NAME = None\n"
+        + COMPILE
+        + textwrap.dedent(f"""
         import contextlib
         way = {way!r}
         backend = {{"auto": "auto", "sequence": ["flash", "_native_flash"]}}.get(way)
@@ -97,12 +104,16 @@ def test_fullgraph_first_whichever_way_the_backend_is_set(way):
             check(torch.compile(function, fullgraph=True, backend=counting), 24)
         print(len(compilations))
         """)
+    )
     assert run(code, **environment) == "1"
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_gradients_under_fullgraph(name):
-    code = f"NAME = {name!r}\n" + COMPILE + textwrap.dedent("""
+    code = (
+        f"NAME = {name!r}\n"
+        + COMPILE
+        + textwrap.dedent("""
         leaves = [tensor.requires_grad_() for tensor in tensors(24)]
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         try:
@@ -115,6 +126,7 @@ def test_gradients_under_fullgraph(name):
             assert all(float((a - b).abs().max()) < 1e-4 for a, b in zip(grads, expected))
             print("computed")
         """)
+    )
     if name != "flex":
         assert run(code) == "computed"
         return

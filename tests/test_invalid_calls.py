@@ -115,7 +115,13 @@ def test_the_mistake_names_the_layout_of_the_function_that_was_called():
 
 @pytest.mark.parametrize(
     ("wrong", "near"),
-    [("flahs", "flash"), ("sage_attention", "sage"), ("native_flash", "_native_flash"), ("xformer", "xformers"), ("", "native")],
+    [
+        ("flahs", "flash"),
+        ("sage_attention", "sage"),
+        ("native_flash", "_native_flash"),
+        ("xformer", "xformers"),
+        ("", "native"),
+    ],
 )
 @pytest.mark.parametrize(
     "use",

@@ -57,7 +57,9 @@ def test_a_mask_is_freed_with_its_last_user(shape, dtype):
     mask = mask if dtype == torch.bool else mask.float()
     alive = weakref.ref(mask)
     for name in NAMES:
-        dispatch_attention_fn(query, key, value, mask if len(shape) == 4 else mask[:, None, None], is_causal=True, backend=name)
+        dispatch_attention_fn(
+            query, key, value, mask if len(shape) == 4 else mask[:, None, None], is_causal=True, backend=name
+        )
     del mask
     gc.collect()
     assert alive() is None
@@ -92,7 +94,9 @@ def test_flex_outlives_the_recompile_limit_of_dynamo():
     limit = torch._dynamo.config.recompile_limit
     for reach in range(limit + 2):
         # Each mask_mod has its own constant, which dynamo compiles anew.
-        mask = create_block_mask(lambda b, h, q, k, reach=reach: (q - k).abs() <= reach, None, None, 24, 24, device="cpu")
+        mask = create_block_mask(
+            lambda b, h, q, k, reach=reach: (q - k).abs() <= reach, None, None, 24, 24, device="cpu"
+        )
         out = dispatch_attention_fn(query, key, value, mask, backend="flex")
         distance = (torch.arange(24)[None] - torch.arange(24)[:, None]).abs()
         assert_close(out, attend(query.double(), key.double(), value.double(), keep=distance <= reach)[0])

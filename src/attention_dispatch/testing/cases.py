@@ -206,7 +206,7 @@ def _shape_cases(base: Case, sizes: _Sizes) -> list[Case]:
     dtypes = (torch.float64, torch.float32, *_HALF)
     short = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return [
-        *(replace(base, name=f"plain_{short[dtype]}", dtype=dtype, core=dtype in _HALF) for dtype in dtypes),
+        *(replace(base, name=f"plain_{short[dtype]}", dtype=dtype, core=dtype == torch.bfloat16) for dtype in dtypes),
         *(replace(base, name=f"grad_{short[dtype]}", dtype=dtype, grad=True, lse=True) for dtype in dtypes),
         *(replace(base, name=name, q_len=q, k_len=k, lse=True) for name, (q, k) in lengths.items()),
         *(
@@ -261,7 +261,7 @@ def _structure_cases(base: Case, sizes: _Sizes) -> list[Case]:
 
 def _mask_cases(base: Case, sizes: _Sizes) -> list[Case]:
     cases = []
-    core = ("padding_interior", "bool_per_head", "bias_heads", "block_per_head")
+    core = ("bool_per_head", "bias_heads", "block_per_head")
     for mask in MASKS:
         crossed = replace(base, q_len=sizes.short, k_len=sizes.long)
         cases += [
