@@ -29,6 +29,15 @@ def no_setting_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert left == (None, [], None, None), f"the test left a setting behind: {left}"
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many tiny calls: threads would wait for each other longer than they compute, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def cuda() -> str:
     if not torch.cuda.is_available():

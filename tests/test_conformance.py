@@ -11,6 +11,8 @@ from attention_dispatch import backend_status, list_backends, registry
 from attention_dispatch.testing import build, check_conformance, conformance_cases, predicted_codes
 from attention_dispatch.testing.conformance import Outcome
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BUILT_IN = ("native", "_native_math", "_native_flash", "flex", "reference")
 # Their kernels are compiled anew for each kind of call, which on a GPU takes seconds.
 COMPILED_FAMILIES = ("flex", "triton")

@@ -13,6 +13,8 @@ from attention_dispatch import dispatch_attention_fn, explain
 from attention_dispatch.backends import flex
 from attention_dispatch.testing import attend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("native", "_native_math", "_native_flash", "flex", "reference")
 
 

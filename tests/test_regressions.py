@@ -30,6 +30,8 @@ from attention_dispatch.call import canonicalise
 from attention_dispatch.masks import block_table
 from attention_dispatch.testing import attend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NATIVES = ("native", "_native_math", "_native_flash")
 ALL = (*NATIVES, "flex", "reference")
 B, S, H, D = 2, 24, 4, 32

@@ -18,6 +18,8 @@ from attention_dispatch.testing import (
 )
 from attention_dispatch.testing.wrong_backends import HONEST_BACKEND
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CASES = {case.name: case for case in conformance_cases("cpu")}
 
 CAUGHT_BY = {
