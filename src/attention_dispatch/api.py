@@ -75,10 +75,10 @@ def dispatch_attention_fn(
         try:
             return _bound[
                 query.shape, key.shape, value.shape, query.dtype, query.device,
-                dropout_p, is_causal, scale, enable_gqa, backend, current.effective,
+                dropout_p, is_causal, scale, enable_gqa, backend, current.state.effective,
             ](query, key, value)  # fmt: skip
-        except (KeyError, TypeError, AttributeError, RuntimeError):
-            # Not seen before, or the caller made a mistake: the long way says which.
+        except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError):
+            # Not seen before, or not as the kernel needs it, or the caller's mistake: the long way tells.
             pass
     return _dispatch(
         query,
@@ -169,14 +169,16 @@ def explain(
         'native'
     """
     call = _canonical(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
-    return decide(call, request_for(backend), device)
+    request = request_for(backend).for_lengths(call.query.shape[1], call.key.shape[1])
+    return decide(call, request, device)
 
 
 def request_for(backend: Any) -> Request:
     """The request that counts for a call of this thread: its own, or the nearest setting."""
     if backend is not None:
         return parsed(backend)
-    request: Request | None = current.model or current.scope
+    state = current.state
+    request: Request | None = state.model or state.scope
     return environment() if request is None else request
 
 
@@ -211,7 +213,7 @@ def _dispatch(
             "attn_mask together with is_causal=True (checks are on). Merge them into one mask, or switch the checks off."
         )
     call = _canonical(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
-    request = request_for(backend)
+    request = request_for(backend).for_lengths(call.query.shape[1], call.key.shape[1])
     spec = spec_of(call)
     if _is_dynamo_compiling():
         output = _forwards[_traced_choice(request.mode, request.names, *spec)](call)
@@ -221,8 +223,8 @@ def _dispatch(
     else:
         plan = plan_for(request, spec, call)
         output = plan.backend.forward(call)
-        if current.observer is not None:
-            output = current.observer(call, spec, request, plan, output)
+        if current.state.observer is not None:
+            output = current.state.observer(call, spec, request, plan, output)
         elif attn_mask is None and attention_kwargs is None and not checks and plan.backend.bind is not None:
             run = plan.backend.bind(call)
             if run is not None and request.mode == "demand" and call.query is query:
@@ -230,7 +232,7 @@ def _dispatch(
                     _bound.clear()
                 _bound[
                     query.shape, key.shape, value.shape, query.dtype, query.device,
-                    dropout_p, is_causal, scale, enable_gqa, backend, current.effective,
+                    dropout_p, is_causal, scale, enable_gqa, backend, current.state.effective,
                 ] = run  # fmt: skip
     return (output.out, output.lse) if call.return_lse else output.out
 

@@ -38,7 +38,7 @@ def _routed_sdpa(
     enable_gqa: bool = False,
 ) -> Any:
     """torch's scaled_dot_product_attention, on the backend of the routed module whose forward is running."""
-    if current.model is None:
+    if current.state.model is None:
         return _original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return any_rank_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -88,12 +88,12 @@ class Observed(NamedTuple):
     observer: Any
 
 
-class _ThreadRequests(threading.local):
-    """The settings of the running thread.
+class Settings:
+    """The settings of one thread.
 
     Attributes:
-        model: the request of the innermost routed module whose forward is running.
-        stack: (module, the request outside it) of every routed module whose forward is running.
+        model: the request of the innermost routed module whose forward is running; ``stack`` holds the outer ones, each
+            with the setting of the module that replaced it.
         scope: the request of the innermost ``with attention_backend``.
         observer: called after each call while calls are recorded.
         step: the denoising step, None outside of one; ``scheduled`` holds the requests of policies for it.
@@ -115,7 +115,34 @@ class _ThreadRequests(threading.local):
         self.effective = request if self.observer is None else Observed(request, self.observer)
 
 
-current = _ThreadRequests()
+def _of_thread(name: str) -> property:
+    def read(self: _ThreadSettings) -> Any:
+        return getattr(self.state, name)
+
+    def write(self: _ThreadSettings, value: Any) -> None:
+        setattr(self.state, name, value)
+
+    return property(read, write)
+
+
+class _ThreadSettings(threading.local):
+    """The :class:`Settings` of the running thread, under ``state``, and each of its fields by name.
+
+    A plain object holds them, because torch.compile (2.13) loses what traced code writes to a ``threading.local``.
+    """
+
+    def __init__(self) -> None:
+        self.state = Settings()
+
+    model, stack, scope, observer = (_of_thread(name) for name in ("model", "stack", "scope", "observer"))
+    step, scheduled, effective = (_of_thread(name) for name in ("step", "scheduled", "effective"))
+
+    def refresh(self) -> None:
+        """See :meth:`Settings.refresh`."""
+        self.state.refresh()
+
+
+current = _ThreadSettings()
 
 _environment: Request | None = None
 
@@ -161,14 +188,16 @@ class attention_backend:  # lower case: it is used like a function, as in diffus
         self.request = parsed(request)
 
     def __enter__(self) -> attention_backend:
-        self._outer = current.scope
-        current.scope = self.request
-        current.refresh()
+        state = current.state
+        self._outer = state.scope
+        state.scope = self.request
+        state.refresh()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        current.scope = self._outer
-        current.refresh()
+        state = current.state
+        state.scope = self._outer
+        state.refresh()
 
 
 _parsed: dict[Any, Request] = {}

@@ -118,19 +118,21 @@ def schedule_for_step(step: int | None) -> None:
 
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     scope = module.__dict__[_SCOPE]
-    request = scope.request if scope.schedule is None else current.scheduled.get(scope.schedule)
+    state = current.state
+    request = scope.request if scope.schedule is None else state.scheduled.get(scope.schedule)
     if request is None and scope.schedule is not None:
         raise InvalidCallError(_no_step(scope.schedule))
-    current.stack.append((scope, current.model))
-    current.model = request
-    current.refresh()
+    state.stack.append((scope, state.model))
+    state.model = request
+    state.refresh()
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     # Runs after an exception too, even one that another hook raised before ours was entered.
-    if current.stack and current.stack[-1][0] is module.__dict__.get(_SCOPE):
-        current.model = current.stack.pop()[1]
-        current.refresh()
+    state = current.state
+    if state.stack and state.stack[-1][0] is module.__dict__.get(_SCOPE):
+        state.model = state.stack.pop()[1]
+        state.refresh()
 
 
 def _no_step(schedule: str) -> str:
