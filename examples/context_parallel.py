@@ -8,8 +8,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from attention_dispatch.distributed import ContextParallel, context_parallel, dispatch_parallel, gather, shard
-from attention_dispatch.request import parse
+from attention_dispatch import dispatch_attention_fn
+from attention_dispatch.distributed import ContextParallel, context_parallel, gather, shard
 
 
 def main() -> None:
@@ -24,11 +24,12 @@ def main() -> None:
     # 1001 tokens do not divide by the number of ranks, and need not.
     query, key, value = (torch.randn(1, 1001, heads, 64, device=device) for heads in (8, 2, 2))
     padding = torch.arange(1001, device=device)[None] >= 100
-    request = parse("reference")
 
     def attend(parallel: ContextParallel) -> torch.Tensor:
         local = [shard(tensor, parallel) for tensor in (query, key, value)]
-        out = dispatch_parallel(*local, padding, 0.0, True, None, True, {}, request, parallel)
+        out = dispatch_attention_fn(
+            *local, padding, is_causal=True, enable_gqa=True, backend="reference", parallel_config=parallel
+        )
         return gather(out, parallel)
 
     hidden = ~(padding[:, None] & torch.ones(1001, 1001, dtype=torch.bool, device=device).tril())

@@ -206,7 +206,14 @@ def _dispatch(
 ) -> Any:
     """The long way: validate, decide or remember the decision, run."""
     if parallel_config is not None:
-        raise InvalidCallError("parallel_config is not supported yet: pass parallel_config=None.")
+        from .distributed import as_context_parallel, dispatch_parallel
+
+        parallel = as_context_parallel(parallel_config)
+        if parallel is not None:
+            return dispatch_parallel(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+                request_for(backend), parallel,
+            )  # fmt: skip
     checks = settings.checks()
     if checks and attn_mask is not None and is_causal:
         raise InvalidCallError(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from attention_dispatch import dispatch_attention_fn
 from attention_dispatch.distributed import (
     ContextParallel,
     as_context_parallel,
@@ -37,7 +38,8 @@ def tensors(tokens=13, heads=4, kv_heads=4, dim=8, batch=2, columns=None, dtype=
 def dispatched(parallel, whole, mask=None, *, backend="reference", is_causal=False, dropout_p=0.0, **kwargs):
     """Result of this rank through the dispatcher's entry."""
     local = [shard(tensor, parallel) for tensor in whole]
-    return dispatch_parallel(*local, mask, dropout_p, is_causal, None, True, kwargs, parse(backend), parallel)
+    return dispatch_attention_fn(*local, mask, dropout_p, is_causal, None, True, kwargs, backend=backend,
+                                 parallel_config=parallel)
 
 
 def error_to(parallel, found, whole, mask=None, **options):
@@ -240,10 +242,9 @@ def compiled_ulysses(world: int) -> dict[str, Any]:
     """Ulysses under torch.compile without graph breaks, forward and gradients."""
     parallel = ContextParallel(ulysses=world)
     whole = tensors(24, 4, 4)
-    request = parse("native")
 
     def layer(q, k, v):
-        return dispatch_parallel(q, k, v, None, 0.0, True, None, False, {}, request, parallel) * 2
+        return dispatch_attention_fn(q, k, v, is_causal=True, backend="native", parallel_config=parallel) * 2
 
     leaves = [shard(tensor, parallel).requires_grad_() for tensor in whole]
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(*leaves)

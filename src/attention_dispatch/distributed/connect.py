@@ -128,6 +128,7 @@ def dispatch_parallel(
     """
     parallel = as_context_parallel(parallel_config)
     assert parallel is not None
+    request = request.for_lengths(query.shape[1], key.shape[1])
     options = dict(attention_kwargs or {})
     if torch.compiler.is_compiling():
         return traced_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options,
