@@ -8,35 +8,68 @@ https://huggingface.co/docs/diffusers/optimization/attention_backends
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers.hooks import layer_skip
 from diffusers.models import attention_dispatch as upstream
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-from .. import models, registry
-from ..api import dispatch_attention_fn
+from .. import api, models, registry, request, settings
+from ..api import request_for
+from ..call import AttentionOutput
 from ..errors import InvalidCallError
 from ..interception import any_rank_sdpa
 from ..models import Report
-from ..request import attention_backend
+from ..request import NATIVE, current, environment, parse
+from ..sites import Site, find_sites
 
 __all__ = ["activate", "deactivate", "install", "uninstall"]
 
 _MISSING = object()
 _lock = threading.RLock()
-# (object, attribute, value before) of everything replaced, in order.
-_replaced: list[tuple[Any, str, Any]] = []
-_added_names: list[str] = []
-_installed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# (object, attribute, value before, value set) of every attribute replaced, in order.
+_replaced: list[tuple[Any, str, Any, Any]] = []
+_added: dict[str, Any] = {}
+# Everything set through diffusers' own methods or install(). Weak: what is gone needs no reset.
+_routed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+_torch_sdpa = F.scaled_dot_product_attention
+_upstream_dispatch = upstream.dispatch_attention_fn
+_upstream_scope = upstream.attention_backend
+_upstream_registry = upstream._AttentionBackendRegistry
+_upstream_init = ModelMixin.__init__
+_upstream_setstate = ModelMixin.__setstate__
+_upstream_npu = AttentionModuleMixin.set_use_npu_flash_attention
+_upstream_xla = AttentionModuleMixin.set_use_xla_flash_attention
+_upstream_skip = layer_skip.AttentionProcessorSkipHook.new_forward
+
+
+# Objects of their own, so that files which imported them from diffusers can be told from files that imported
+# this library's, and given diffusers' back.
+dispatch_attention_fn = types.FunctionType(
+    api.dispatch_attention_fn.__code__, vars(api), "dispatch_attention_fn", api.dispatch_attention_fn.__defaults__
+)
+dispatch_attention_fn.__kwdefaults__ = api.dispatch_attention_fn.__kwdefaults__
+dispatch_attention_fn.__doc__ = api.dispatch_attention_fn.__doc__
+
+
+class attention_backend(request.attention_backend):  # lower case: it is used like a function
+    """See :class:`attention_dispatch.attention_backend`."""
+
+    __slots__ = ()
 
 
 def _sdpa(
@@ -50,198 +83,348 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Any:
     """What diffusers' own files see as ``F.scaled_dot_product_attention``; layout BHSD."""
+    if current.state.effective is None and environment() == NATIVE:
+        # Nothing was asked for: whatever torch, or a program that replaced its function, does.
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     return any_rank_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def _functional() -> types.ModuleType:
-    """A copy of ``torch.nn.functional`` whose attention is routed: diffusers' files name it ``F``, other code keeps torch's."""
-    routed = types.ModuleType("torch.nn.functional")
-    routed.__dict__.update(F.__dict__)
-    routed.scaled_dot_product_attention = _sdpa  # type: ignore[attr-defined]
-    return routed
+class _Functional(types.ModuleType):
+    """``torch.nn.functional`` whose attention is routed: diffusers' files name it ``F``, other code keeps torch's."""
+
+    scaled_dot_product_attention = staticmethod(_sdpa)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
 
 
-_routed_functional = _functional()
-_upstream_dispatch = upstream.dispatch_attention_fn
-_upstream_scope = upstream.attention_backend
-_upstream_init = ModelMixin.__init__
+class _Registry(_upstream_registry, metaclass=type(settings._AttentionBackendRegistry)):  # type: ignore[metaclass]
+    """diffusers' registry, whose ``_checks_enabled`` is this library's switch and whose active backend is the scope's."""
+
+    @classmethod
+    def get_active_backend(cls) -> tuple[Any, Callable[..., Any]]:
+        request = request_for(None)
+        member = upstream.AttentionBackendName(request.names[0] if request.mode == "demand" else "native")
+        return member, cls._backends[member]
+
+
+_functional = _Functional("torch.nn.functional")
+_REBINDINGS = (
+    (_upstream_dispatch, dispatch_attention_fn),
+    (_upstream_scope, attention_backend),
+    (_upstream_registry, _Registry),
+    (F, _functional),
+)
 
 
 def activate() -> None:
     """Route diffusers through this library; done by importing this module. Calling it twice is the same as once.
 
     Raises:
-        InvalidCallError: this diffusers lacks a function that has to be replaced.
+        InvalidCallError: this diffusers lacks something that has to be replaced.
     """
     with _lock:
         if _replaced:
             return
         for name in ("_backends", "_supported_arg_names", "_constraints", "_supports_context_parallel"):
-            if not hasattr(upstream._AttentionBackendRegistry, name):
+            if not hasattr(_upstream_registry, name):
                 raise InvalidCallError(
                     f"diffusers {diffusers.__version__} has no attention registry with {name!r}, so it cannot be routed. "
                     f"Install a tested version: pip install 'diffusers>=0.42,<0.43'."
                 )
         _replace(ModelMixin, "set_attention_backend", _set_on_model)
         _replace(ModelMixin, "reset_attention_backend", _reset_on_model)
-        _replace(AttentionModuleMixin, "set_attention_backend", _set_on_module)
         _replace(ModelMixin, "__init__", _init_and_route)
-        _add_names()
-        _route_loaded_modules()
+        _replace(ModelMixin, "__setstate__", _setstate_and_route)
+        _replace(AttentionModuleMixin, "set_attention_backend", _set_on_module)
+        _replace(AttentionModuleMixin, "set_use_npu_flash_attention", _use_npu)
+        _replace(AttentionModuleMixin, "set_use_xla_flash_attention", _use_xla)
+        _replace(layer_skip.AttentionProcessorSkipHook, "new_forward", _skip_scores)
+        _replace(upstream.AttentionBackendName, "_missing_", classmethod(_member_for_several))
+        if _upstream_registry._checks_enabled and not settings.checks():
+            settings.set_checks(True)
+        with registry._lock:
+            _add_and_remove_names()
+            registry._on_change.append(_add_and_remove_names)
+        for theirs, ours in _REBINDINGS:
+            _rebind(theirs, ours, only_in="diffusers." if theirs is F else "")
 
 
 def deactivate() -> None:
     """Put back everything that :func:`activate` replaced. Settings of models stay; see :func:`uninstall`."""
     with _lock:
-        for name, module in list(sys.modules.items()):
-            for attribute, ours, theirs in _rebindings():
-                if name.startswith("diffusers") and isinstance(module, types.ModuleType) and vars(module).get(attribute) is ours:
-                    setattr(module, attribute, theirs)
+        if not _replaced:
+            return
+        for theirs, ours in _REBINDINGS:
+            _rebind(ours, theirs)
+        with registry._lock:
+            registry._on_change.remove(_add_and_remove_names)
+            for name in list(_added):
+                _remove_name(name)
         while _replaced:
-            owner, attribute, before = _replaced.pop()
+            owner, attribute, before, ours = _replaced.pop()
+            if vars(owner).get(attribute) is not ours:
+                continue  # another program replaced it since
             if before is _MISSING:
                 delattr(owner, attribute)
             else:
                 setattr(owner, attribute, before)
-        _remove_names()
 
 
-def install(model_or_pipeline: Any, request: Any) -> Report:
+def install(model_or_pipeline: Any, request: Any, **patterns: Any) -> Report:
     """Route one diffusers model, or every diffusers model of a pipeline (transformer, UNet, VAE; not the text encoders).
 
     Args:
-        model_or_pipeline: a ``ModelMixin`` or a ``DiffusionPipeline``.
+        model_or_pipeline: a ``ModelMixin``, compiled or not, or a ``DiffusionPipeline``.
         request: as for :func:`attention_dispatch.set_attention_backend`.
+        patterns: its ``include`` and ``exclude``.
 
     Returns:
         A report of the modules routed and left; names start with the component's in a pipeline.
 
     Raises:
         InvalidCallError: nothing to route. And what ``set_attention_backend`` raises; nothing is changed then.
+
+    Example:
+        >>> import diffusers
+        >>> from attention_dispatch.integrations.diffusers import install, uninstall
+        >>> vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+        >>> print(install(vae, "reference"))
+        2 attention modules routed, 0 left
+          encoder.mid_block.attentions.0 -> 'reference'
+          decoder.mid_block.attentions.0 -> 'reference'
+        >>> uninstall()
     """
-    activate()
-    components = list(_components(model_or_pipeline))
-    routed: list[tuple[str, str]] = []
-    left: list[tuple[str, str]] = []
-    done: list[nn.Module] = []
-    try:
-        for prefix, model in components:
-            if len(components) > 1 and not models.find_sites(model):
-                left.append((prefix, "it computes no attention"))
-                continue
-            report = models.set_attention_backend(model, request)
-            done.append(model)
-            routed += [(f"{prefix}.{name}".strip("."), wanted) for name, wanted in report.routed]
-            left += [(f"{prefix}.{name}".strip("."), why) for name, why in report.left]
-    except Exception:
-        for model in done:
-            models.reset_attention_backend(model)
-        raise
-    if not routed:
-        raise InvalidCallError(f"{type(model_or_pipeline).__name__} holds no diffusers model that computes attention.")
-    for model in done:
-        _installed.add(model)
-    return Report(tuple(routed), tuple(left))
+    with _lock:
+        was_active = bool(_replaced)
+        activate()
+        try:
+            return _set(_models_of(model_or_pipeline), request, **patterns)
+        except BaseException:
+            if not was_active:
+                deactivate()
+            raise
 
 
 def uninstall() -> None:
-    """Reset every model given to :func:`install`, and leave diffusers as it was before this module was imported."""
+    """Leave diffusers as it was before this module was imported, and reset every model that was set by :func:`install`
+    or by diffusers' own methods. What ``attention_dispatch.set_attention_backend`` set, its own reset undoes."""
     with _lock:
-        for model in list(_installed):
+        for model in list(_routed):
             models.reset_attention_backend(model)
-        _installed.clear()
+        _routed.clear()
         deactivate()
 
 
-def _components(model_or_pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
+class _Components:
+    """The diffusers models of a pipeline, as :func:`attention_dispatch.set_attention_backend` takes a pipeline."""
+
+    def __init__(self, components: dict[str, nn.Module]):
+        self.components = components
+
+
+def _models_of(model_or_pipeline: Any) -> Any:
     if isinstance(model_or_pipeline, nn.Module):
-        yield "", model_or_pipeline
-        return
+        return model_or_pipeline
     components = getattr(model_or_pipeline, "components", None)
     if not isinstance(components, dict):
         raise InvalidCallError(
             f"expected a diffusers model or pipeline, got {type(model_or_pipeline).__name__}. Pass pipeline.transformer."
         )
-    for name, component in components.items():
-        if isinstance(component, ModelMixin):
-            yield name, component
+    found = {
+        name: component
+        for name, component in components.items()
+        if isinstance(getattr(component, "_orig_mod", component), ModelMixin)
+    }
+    if not any(find_sites(model) for model in found.values()):
+        raise InvalidCallError(f"{type(model_or_pipeline).__name__} holds no diffusers model that computes attention.")
+    return _Components(found)
+
+
+def _set(
+    model: Any, request: Any, *, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> Report:
+    """Set a model or :class:`_Components`, leaving processors that refuse the request when they run."""
+    components = model.components if isinstance(model, _Components) else {"": model}
+    sites = [
+        site._replace(name=f"{component}.{site.name}".strip("."))
+        for component, part in components.items()
+        for site in find_sites(part)
+    ]
+    refused = {site.name: why for site in sites if (why := _refusal(site, request))}
+    if refused and len(refused) == len(sites):
+        raise InvalidCallError(f"nothing was routed: each attention module of it {next(iter(refused.values()))}.")
+    if refused:
+        exclude = [*([exclude] if isinstance(exclude, str) else exclude or ()), *refused]
+    report = models.set_attention_backend(model, request, include=include, exclude=exclude)
+    for part in components.values():
+        _routed.add(part)
+    left = tuple((name, refused.get(name, why)) for name, why in report.left)
+    return Report(report.routed, left)
+
+
+def _refusal(site: Site, request: Any) -> str:
+    """Why a processor that names the backends it accepts would raise when it runs; empty if it would not."""
+    accepted = getattr(site.holder, "_SUPPORTED_BACKENDS", None)
+    if accepted is None or (isinstance(request, str) and parse(request).names[:1] in [(name,) for name in accepted]):
+        return ""
+    return f"accepts only {' or '.join(repr(name) for name in accepted if name in registry.names())}"
 
 
 def _set_on_model(self: ModelMixin, backend: Any, **patterns: Any) -> Report:
     """Route the attention of this model; see ``attention_dispatch.set_attention_backend``."""
-    return models.set_attention_backend(self, backend, **patterns)
+    return _set(self, backend, **patterns)
 
 
 def _reset_on_model(self: ModelMixin) -> None:
     """Undo ``set_attention_backend`` on this model: its class defaults hold again."""
     models.reset_attention_backend(self)
+    _routed.discard(self)
 
 
 def _set_on_module(self: Any, backend: Any) -> Report:
     """Route this attention module; see ``attention_dispatch.set_attention_backend``."""
-    return models.set_attention_backend(self, backend)
+    return _set(self, backend)
 
 
+@functools.wraps(_upstream_npu)
+def _use_npu(self: Any, use_npu_flash_attention: bool) -> None:
+    if use_npu_flash_attention:
+        _upstream_npu(self, use_npu_flash_attention)
+    else:
+        _stop_using(self, "_native_npu")
+
+
+@functools.wraps(_upstream_xla)
+def _use_xla(self: Any, use_xla_flash_attention: bool, *args: Any, **kwargs: Any) -> None:
+    if use_xla_flash_attention:
+        _upstream_xla(self, use_xla_flash_attention, *args, **kwargs)
+    else:
+        _stop_using(self, "_native_xla")
+
+
+def _stop_using(module: Any, name: str) -> None:
+    # diffusers (0.42) sets the backend here too.
+    if getattr(module.processor, "_attention_backend", None) == name:
+        models.reset_attention_backend(module)
+
+
+@functools.wraps(_upstream_init)
 def _init_and_route(self: ModelMixin, *args: Any, **kwargs: Any) -> None:
     # diffusers imports a model's file when the model is first named, which may be after activation.
     _upstream_init(self, *args, **kwargs)
+    _route_files_imported_since()
+
+
+def _setstate_and_route(self: ModelMixin, state: Any) -> None:
+    # A model read from a pickle imports its file, and is not initialised.
+    _upstream_setstate(self, state)
+    _route_files_imported_since()
+
+
+def _route_files_imported_since() -> None:
     with _lock:
         if _replaced:
-            _route_loaded_modules()
+            # The other names come from a file of diffusers that has been rebound.
+            _rebind(F, _functional, only_in="diffusers.")
 
 
-def _rebindings() -> tuple[tuple[str, Any, Any], ...]:
-    return (
-        ("dispatch_attention_fn", dispatch_attention_fn, _upstream_dispatch),
-        ("attention_backend", attention_backend, _upstream_scope),
-        ("F", _routed_functional, F),
-    )
-
-
-def _route_loaded_modules() -> None:
-    """Rebind the names that files have imported. ``F`` only in diffusers' own: it is torch's everywhere else."""
+def _rebind(old: Any, new: Any, only_in: str = "") -> None:
+    """Replace an object in every loaded file that has a global name for it, or in files of one package."""
     for name, module in list(sys.modules.items()):
-        if not isinstance(module, types.ModuleType) or name.startswith("attention_dispatch"):
+        if not isinstance(module, types.ModuleType) or not name.startswith(only_in):
             continue
-        for attribute, ours, theirs in _rebindings():
-            if attribute == "F" and not name.startswith("diffusers."):
-                continue
-            if vars(module).get(attribute) is theirs:
-                _replace(module, attribute, ours)
+        if name.startswith(("attention_dispatch.", "torch.")) or name == "torch":
+            continue
+        for attribute, value in list(vars(module).items()):
+            # torch.compile keeps modules under names such as __import_torch_dot_nn_dot_functional.
+            if value is old and not attribute.startswith("__"):
+                setattr(module, attribute, new)
 
 
 def _replace(owner: Any, attribute: str, value: Any) -> None:
-    _replaced.append((owner, attribute, vars(owner).get(attribute, _MISSING)))
+    _replaced.append((owner, attribute, vars(owner).get(attribute, _MISSING), value))
     setattr(owner, attribute, value)
 
 
-def _add_names() -> None:
+def _skip_scores(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``AttentionProcessorSkipHook.new_forward`` for perturbed attention guidance (``skip_attention_scores``).
+
+    diffusers watches for calls of torch's function, which most backends do not make.
+    """
+    if not self.skip_attention_scores or not math.isclose(self.dropout, 1.0):
+        return _upstream_skip(self, module, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        wanted = request_for(getattr(getattr(module, "processor", None), "_attention_backend", None))
+        if wanted != NATIVE or F.scaled_dot_product_attention is not _torch_sdpa:
+            raise InvalidCallError(
+                f"a compiled model with skip_attention_scores runs on 'native' only, and {wanted} is set. Do not compile "
+                f"it, or call reset_attention_backend() on every routed model."
+            )
+        return _upstream_skip(self, module, *args, **kwargs)
+    with _values_as_outputs():
+        return _upstream_skip(self, module, *args, **kwargs)
+
+
+@contextmanager
+def _values_as_outputs() -> Iterator[None]:
+    """Attention of this thread gives the values themselves, where there are as many as queries."""
+    outer = current.observer
+
+    def observe(call: Any, spec: Any, request: Any, plan: Any, output: AttentionOutput) -> AttentionOutput:
+        if outer is not None:
+            output = outer(call, spec, request, plan, output)
+        if call.key.shape[1] != call.query.shape[1]:
+            return output
+        repeats = call.query.shape[2] // call.value.shape[2]
+        value = call.value if repeats == 1 else call.value.repeat_interleave(repeats, dim=2)
+        return AttentionOutput(value, output.lse)
+
+    current.observer = observe
+    current.refresh()
+    try:
+        yield
+    finally:
+        current.observer = outer
+        current.refresh()
+
+
+def _member_for_several(cls: Any, value: Any) -> Any:
+    """The member for a request of several names: code that asks for one takes the path that any backend can follow."""
+    return cls.NATIVE if isinstance(value, tuple) else None
+
+
+def _add_and_remove_names() -> None:
     """Make this library's names members of diffusers' enum, which some of its code converts names to."""
-    enum: Any = upstream.AttentionBackendName
-    known = {member.value for member in enum}
-    for name in ("auto", "auto_quantized", *registry.names()):
-        if name in known:
-            continue
-        label = name.upper()
-        member = str.__new__(enum, name)
-        member._name_, member._value_ = label, name
-        enum._member_map_[label] = member
-        enum._value2member_map_[name] = member
-        enum._member_names_.append(label)
-        upstream._AttentionBackendRegistry.register(member)(_backend_function(name))
-        _added_names.append(label)
+    wanted = {"auto", "auto_quantized", *registry.names()}
+    for name in [name for name in _added if name not in wanted]:
+        _remove_name(name)
+    for name in sorted(wanted - {member.value for member in upstream.AttentionBackendName}):
+        _add_name(name)
 
 
-def _remove_names() -> None:
+def _add_name(name: str) -> None:
     enum: Any = upstream.AttentionBackendName
-    registered = upstream._AttentionBackendRegistry
-    while _added_names:
-        label = _added_names.pop()
-        member = enum._member_map_.pop(label)
-        enum._value2member_map_.pop(member.value)
-        enum._member_names_.remove(label)
-        for table in (registered._backends, registered._constraints, registered._supported_arg_names):
-            table.pop(member, None)
+    label = name.upper()
+    member = str.__new__(enum, name)
+    member._name_, member._value_ = label, name
+    enum._member_map_[label] = member
+    enum._value2member_map_[name] = member
+    enum._member_names_.append(label)
+    _upstream_registry.register(member)(_backend_function(name))
+    _added[name] = member
+
+
+def _remove_name(name: str) -> None:
+    enum: Any = upstream.AttentionBackendName
+    member = _added.pop(name)
+    del enum._member_map_[member._name_]
+    del enum._value2member_map_[name]
+    enum._member_names_.remove(member._name_)
+    for table in (_upstream_registry._backends, _upstream_registry._constraints, _upstream_registry._supported_arg_names):
+        table.pop(member, None)
 
 
 def _backend_function(name: str) -> Callable[..., Any]:
@@ -263,7 +446,7 @@ def _backend_function(name: str) -> Callable[..., Any]:
         _parallel_config: Any = None,
     ) -> Any:
         options = {"return_lse": return_lse, "window_size": window_size, "softcap": softcap, "deterministic": deterministic}
-        return dispatch_attention_fn(
+        return api.dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             {option: setting for option, setting in options.items() if setting}, backend=name, parallel_config=_parallel_config,
         )  # fmt: skip
