@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 
-NO_TEXT_ENCODER = dict(text_encoder=None, tokenizer=None)
+import diffusers
+
+NO_TEXT_ENCODER = {"text_encoder": None, "tokenizer": None}
 
 
 def _randn(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -36,7 +37,7 @@ def flux() -> tuple[Any, dict[str, Any]]:
     pipeline = diffusers.FluxPipeline(
         scheduler=_flow(), vae=vae, transformer=transformer, text_encoder_2=None, tokenizer_2=None, **NO_TEXT_ENCODER
     )
-    return pipeline, dict(prompt_embeds=_randn(1, 8, 32), pooled_prompt_embeds=_randn(1, 32), height=8, width=8)
+    return pipeline, {"prompt_embeds": _randn(1, 8, 32), "pooled_prompt_embeds": _randn(1, 32), "height": 8, "width": 8}
 
 
 def qwen_image() -> tuple[Any, dict[str, Any]]:
@@ -51,9 +52,9 @@ def qwen_image() -> tuple[Any, dict[str, Any]]:
     pipeline = diffusers.QwenImagePipeline(scheduler=_flow(), vae=vae, transformer=transformer, **NO_TEXT_ENCODER)
     # The second prompt is shorter: its padding lies between the text and the image tokens.
     lengths = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]])
-    return pipeline, dict(
-        prompt_embeds=_randn(2, 7, 16), prompt_embeds_mask=lengths, true_cfg_scale=1.0, height=32, width=32
-    )
+    return pipeline, {
+        "prompt_embeds": _randn(2, 7, 16), "prompt_embeds_mask": lengths, "true_cfg_scale": 1.0, "height": 32, "width": 32
+    }
 
 
 def wan() -> tuple[Any, dict[str, Any]]:
@@ -66,10 +67,10 @@ def wan() -> tuple[Any, dict[str, Any]]:
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
     pipeline = diffusers.WanPipeline(scheduler=scheduler, vae=vae, transformer=transformer, transformer_2=None, **NO_TEXT_ENCODER)
-    return pipeline, dict(
-        prompt_embeds=_randn(1, 16, 32), negative_prompt_embeds=_randn(1, 16, 32, seed=2), num_frames=9, height=16,
-        width=16,
-    )  # fmt: skip
+    return pipeline, {
+        "prompt_embeds": _randn(1, 16, 32), "negative_prompt_embeds": _randn(1, 16, 32, seed=2), "num_frames": 9, "height": 16,
+        "width": 16,
+    }  # fmt: skip
 
 
 def z_image() -> tuple[Any, dict[str, Any]]:
@@ -82,10 +83,10 @@ def z_image() -> tuple[Any, dict[str, Any]]:
         transformer.cap_pad_token.fill_(1.0)
     vae = _vae(16, shift_factor=0.1, scaling_factor=0.4)
     pipeline = diffusers.ZImagePipeline(scheduler=_flow(), vae=vae, transformer=transformer, **NO_TEXT_ENCODER)
-    return pipeline, dict(
-        prompt_embeds=[_randn(7, 16), _randn(40, 16)], negative_prompt_embeds=[_randn(7, 16), _randn(9, 16)],
-        guidance_scale=3.0, height=32, width=32,
-    )  # fmt: skip
+    return pipeline, {
+        "prompt_embeds": [_randn(7, 16), _randn(40, 16)], "negative_prompt_embeds": [_randn(7, 16), _randn(9, 16)],
+        "guidance_scale": 3.0, "height": 32, "width": 32,
+    }  # fmt: skip
 
 
 def flux2() -> tuple[Any, dict[str, Any]]:
@@ -99,7 +100,7 @@ def flux2() -> tuple[Any, dict[str, Any]]:
         use_post_quant_conv=False,
     )  # fmt: skip
     pipeline = diffusers.Flux2Pipeline(scheduler=_flow(), vae=vae, transformer=transformer, **NO_TEXT_ENCODER)
-    return pipeline, dict(prompt_embeds=_randn(1, 8, 16), height=8, width=8)
+    return pipeline, {"prompt_embeds": _randn(1, 8, 16), "height": 8, "width": 8}
 
 
 def ltx() -> tuple[Any, dict[str, Any]]:
@@ -116,10 +117,10 @@ def ltx() -> tuple[Any, dict[str, Any]]:
     pipeline = diffusers.LTXPipeline(scheduler=_flow(), vae=vae, transformer=transformer, **NO_TEXT_ENCODER)
     keep = torch.ones(1, 16, dtype=torch.bool)
     keep[0, 9:] = False
-    return pipeline, dict(
-        prompt_embeds=_randn(1, 16, 32), prompt_attention_mask=keep, negative_prompt_embeds=_randn(1, 16, 32, seed=2),
-        negative_prompt_attention_mask=keep, height=32, width=32, num_frames=9,
-    )  # fmt: skip
+    return pipeline, {
+        "prompt_embeds": _randn(1, 16, 32), "prompt_attention_mask": keep, "negative_prompt_embeds": _randn(1, 16, 32, seed=2),
+        "negative_prompt_attention_mask": keep, "height": 32, "width": 32, "num_frames": 9,
+    }  # fmt: skip
 
 
 def stable_diffusion_3() -> tuple[Any, dict[str, Any]]:
@@ -132,9 +133,9 @@ def stable_diffusion_3() -> tuple[Any, dict[str, Any]]:
         scheduler=_flow(), vae=vae, transformer=transformer, text_encoder_2=None, tokenizer_2=None,
         text_encoder_3=None, tokenizer_3=None, **NO_TEXT_ENCODER,
     )  # fmt: skip
-    return pipeline, dict(
-        prompt_embeds=_randn(1, 8, 32), pooled_prompt_embeds=_randn(1, 64), guidance_scale=1.0, height=16, width=16
-    )
+    return pipeline, {
+        "prompt_embeds": _randn(1, 8, 32), "pooled_prompt_embeds": _randn(1, 64), "guidance_scale": 1.0, "height": 16, "width": 16
+    }
 
 
 def stable_diffusion_xl() -> tuple[Any, dict[str, Any]]:
@@ -149,9 +150,9 @@ def stable_diffusion_xl() -> tuple[Any, dict[str, Any]]:
         scheduler=diffusers.EulerDiscreteScheduler(), vae=_vae(4, force_upcast=False), unet=unet, text_encoder_2=None,
         tokenizer_2=None, add_watermarker=False, **NO_TEXT_ENCODER,
     )  # fmt: skip
-    return pipeline, dict(
-        prompt_embeds=_randn(1, 7, 64), pooled_prompt_embeds=_randn(1, 32), guidance_scale=1.0, height=16, width=16
-    )
+    return pipeline, {
+        "prompt_embeds": _randn(1, 7, 64), "pooled_prompt_embeds": _randn(1, 32), "guidance_scale": 1.0, "height": 16, "width": 16
+    }
 
 
 def pixart_sigma() -> tuple[Any, dict[str, Any]]:
@@ -164,10 +165,10 @@ def pixart_sigma() -> tuple[Any, dict[str, Any]]:
     )
     keep = torch.ones(1, 7, dtype=torch.long)
     keep[0, 4:] = 0
-    return pipeline, dict(
-        prompt_embeds=_randn(1, 7, 32), prompt_attention_mask=keep, negative_prompt_embeds=_randn(1, 7, 32, seed=2),
-        negative_prompt_attention_mask=keep, negative_prompt=None, use_resolution_binning=False, height=8, width=8,
-    )  # fmt: skip
+    return pipeline, {
+        "prompt_embeds": _randn(1, 7, 32), "prompt_attention_mask": keep, "negative_prompt_embeds": _randn(1, 7, 32, seed=2),
+        "negative_prompt_attention_mask": keep, "negative_prompt": None, "use_resolution_binning": False, "height": 8, "width": 8,
+    }  # fmt: skip
 
 
 def cogvideox() -> tuple[Any, dict[str, Any]]:
@@ -185,10 +186,10 @@ def cogvideox() -> tuple[Any, dict[str, Any]]:
     pipeline = diffusers.CogVideoXPipeline(
         scheduler=diffusers.CogVideoXDDIMScheduler(), vae=vae, transformer=transformer, **NO_TEXT_ENCODER
     )
-    return pipeline, dict(
-        prompt_embeds=_randn(1, 16, 32), negative_prompt_embeds=_randn(1, 16, 32, seed=2), height=16, width=16,
-        num_frames=9,
-    )  # fmt: skip
+    return pipeline, {
+        "prompt_embeds": _randn(1, 16, 32), "negative_prompt_embeds": _randn(1, 16, 32, seed=2), "height": 16, "width": 16,
+        "num_frames": 9,
+    }  # fmt: skip
 
 
 PIPELINES = {
