@@ -7,6 +7,7 @@ function. When the last such module is reset or gone, torch's own function is ba
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import types
@@ -14,6 +15,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 from . import registry
@@ -46,6 +48,23 @@ def _routed_sdpa(
 # torch.jit.script knows torch's functions by identity; another model may be scripted while one is routed.
 if hasattr(torch.jit._builtins, "_register_builtin"):
     torch.jit._builtins._register_builtin(_routed_sdpa, "aten::scaled_dot_product_attention")
+
+
+@functools.cache
+def _trace_through_multihead() -> None:
+    """Let torch.compile see into F.multi_head_attention_forward, which it otherwise takes for one operator of the graph,
+    run after the scope around it has ended."""
+    rules = torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    rules[F.multi_head_attention_forward] = torch._dynamo.variables.UserFunctionVariable
+    check = getattr(F, "_check_key_padding_mask", None)
+    if check is not None:
+        # It calls torch._check_with, which cannot be traced (torch 2.13).
+        torch.compiler.substitute_in_graph(check, skip_signature_check=True)(_check_key_padding_mask)
+
+
+def _check_key_padding_mask(key_padding_mask: torch.Tensor, src_len: int, bsz: int) -> None:
+    if key_padding_mask.shape[0] != bsz or key_padding_mask.shape[1] != src_len:
+        raise AssertionError("key_padding_mask must be of shape (batch, key length)")
 
 
 def is_sdpa(value: Any) -> bool:
@@ -106,6 +125,7 @@ def intercept(scope: Any) -> None:
     with _lock:
         # The backends bind torch's own function when they are loaded.
         registry.get("native")
+        _trace_through_multihead()
         _scopes.add(scope)
         weakref.finalize(scope, _restore_if_unused).atexit = False
         _swap(_original, _routed_sdpa, all_files=False)

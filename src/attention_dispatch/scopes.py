@@ -5,6 +5,7 @@ Everything lives on the module, so that it travels with ``copy.deepcopy`` and pi
 
 from __future__ import annotations
 
+import types
 from typing import Any, NamedTuple
 
 import torch.nn as nn
@@ -94,6 +95,9 @@ def set_scope(module: nn.Module, choice: Choice) -> None:
         module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
         module.register_forward_hook(_leave, always_call=True),
     )
+    if "forward" not in vars(module):
+        # torch.compile takes no notice of hooks added later, but checks that a module has no forward of its own.
+        vars(module)["forward"] = types.MethodType(type(module).forward, module)
     intercept(scope)
 
 
@@ -103,6 +107,8 @@ def remove_scope(module: nn.Module) -> None:
     if scope is not None:
         for handle in scope.handles:
             handle.remove()
+        if vars(module).get("forward") == types.MethodType(type(module).forward, module):
+            del vars(module)["forward"]
         release(scope)
 
 
