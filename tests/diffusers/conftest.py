@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -80,6 +81,8 @@ def active(one_thread: None) -> Iterator[None]:
     ]
     assert not left
     assert len(upstream.AttentionBackendName) == len(upstream._AttentionBackendRegistry._backends)
+    if F.scaled_dot_product_attention is not _TORCH["sdpa"]:
+        gc.collect()  # a model that was dropped without a reset
     assert F.scaled_dot_product_attention is _TORCH["sdpa"]
 
 
