@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.hooks import layer_skip
-from diffusers.models import attention_dispatch as upstream
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.modeling_utils import ModelMixin
+
+import diffusers
+from diffusers.models import attention_dispatch as upstream
 
 from .. import api, models, registry, request, settings
 from ..api import request_for
@@ -46,7 +47,6 @@ _added: dict[str, Any] = {}
 # Everything set through diffusers' own methods or install(). Weak: what is gone needs no reset.
 _routed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-_torch_sdpa = F.scaled_dot_product_attention
 _upstream_dispatch = upstream.dispatch_attention_fn
 _upstream_scope = upstream.attention_backend
 _upstream_registry = upstream._AttentionBackendRegistry
@@ -356,14 +356,11 @@ def _skip_scores(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any
     """
     if not self.skip_attention_scores or not math.isclose(self.dropout, 1.0):
         return _upstream_skip(self, module, *args, **kwargs)
-    if torch.compiler.is_compiling():
-        wanted = request_for(getattr(getattr(module, "processor", None), "_attention_backend", None))
-        if wanted != NATIVE or F.scaled_dot_product_attention is not _torch_sdpa:
-            raise InvalidCallError(
-                f"a compiled model with skip_attention_scores runs on 'native' only, and {wanted} is set. Do not compile "
-                f"it, or call reset_attention_backend() on every routed model."
-            )
-        return _upstream_skip(self, module, *args, **kwargs)
+    return _skip_scores_eagerly(self, module, *args, **kwargs)
+
+
+@torch.compiler.disable(reason="attention scores are skipped outside of compiled graphs")
+def _skip_scores_eagerly(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with _values_as_outputs():
         return _upstream_skip(self, module, *args, **kwargs)
 
