@@ -335,3 +335,27 @@ def test_setting_and_resetting_twice_is_as_once(spy):
     integration.uninstall()
     integration.uninstall()
     assert diffusers.ModelMixin.set_attention_backend.__module__.startswith("diffusers")
+
+
+def test_attention_computed_by_hand_is_left_and_said():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    net, inputs = unet()
+    first = next(name for name in net.attn_processors)
+    net.set_attn_processor({name: AttnProcessor() if name == first else old for name, old in net.attn_processors.items()})
+    report = net.set_attention_backend("reference")
+    left = dict(report.left)
+    assert list(left) == [first.removesuffix(".processor")]
+    assert "by hand" in left[first.removesuffix(".processor")]
+    forward(net, inputs)
+    net.set_attn_processor(AttnProcessor())
+    net.reset_attention_backend()
+    with pytest.raises(ad.InvalidCallError, match="by hand"):
+        net.set_attention_backend("reference")
+
+
+def test_policies_and_patterns_go_through_the_documented_setter(ran):
+    model, inputs = flux_transformer()
+    model.set_attention_backend({"transformer_blocks.*": "reference", "single_transformer_blocks.*": "_native_math"})
+    forward(model, inputs)
+    assert ran == {"reference": 1, "_native_math": 1}
