@@ -35,9 +35,13 @@ class Schedule(NamedTuple):
         return None
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"steps {start}-{'' if stop is None else stop - 1}: {request}" for start, stop, request in self.segments
-        )
+        return ", ".join(f"{_words(start, stop)}: {request}" for start, stop, request in self.segments)
+
+
+def _words(start: int, stop: int | None) -> str:
+    if stop is None:
+        return f"steps {start} and later"
+    return f"step {start}" if stop == start + 1 else f"steps {start} to {stop - 1}"
 
 
 Choice = Request | Schedule | None
