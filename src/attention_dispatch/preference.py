@@ -1,51 +1,152 @@
-"""Which backend first, per platform. Each order names the measurement behind it, or says that there is none."""
+"""Which backend first, per platform. Each order names the measurement behind it, or says that there is none.
+
+What was measured on this machine (``tuning.store``) comes before these orders.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
-from . import registry
+from . import known_bad, registry
 from .call import CallSpec
+from .tuning import store
+from .tuning.store import Extent
+
+UNTESTED = "untested"
 
 
 class Order(NamedTuple):
-    """An order of preference and where it comes from."""
+    """An order of preference and where it comes from.
+
+    Attributes:
+        exact: names in order.
+        measured: the dated measurement, or :data:`UNTESTED`.
+        plain: names that come first for calls without a mask, window, softcap or gradients.
+        padded: names that come first for key-padding masks without gradients.
+        quantised: 8-bit names in order.
+        quantised_from: smallest length of both q and k at which these come before ``exact``.
+    """
 
     exact: tuple[str, ...]
-    quantised: tuple[str, ...]
     measured: str
+    plain: tuple[str, ...] = ()
+    padded: tuple[str, ...] = ()
+    quantised: tuple[str, ...] = ()
+    quantised_from: int = 0
 
 
-_FALLBACK = ("native", "_native_flash", "_native_math", "reference")
+_LAST = ("_native_math", "reference")
+_CUDA = ("native", "_native_cudnn", "_native_flash", "flash", "triton_flash", "_native_efficient", "xformers", "flex")
+_SAGE = ("sage", "triton_sage", "triton_sage_fp16")
+
+
+def _cuda(*quantised: str) -> Order:
+    return Order((*_CUDA, *_LAST), UNTESTED, quantised=(*quantised, *_SAGE))
+
 
 ORDERS: dict[str, Order] = {
     "sm_90": Order(
-        ("native", "_native_cudnn", "_native_flash", "flex", "_native_efficient", "_native_math", "reference"),
-        (),
-        "H100 80GB HBM3, torch 2.11.0+cu130, 2026-11-23: cuDNN 625-680 TFLOP/s, flex 464-477, aten flash 348-358",
+        (*_CUDA, *_LAST),
+        "H100 80GB HBM3, torch 2.11.0+cu130, 2026-11-23 and 2026-11-25, bfloat16, 24 heads, TFLOP/s: at 1x16384 head_dim "
+        "128 FlashAttention-3 684, cuDNN 625-643, triton_flash 526, flex 477, aten flash 358, efficient 166; causal 649, "
+        "585; head_dim 64 528, 474; with key padding at 4250 triton_flash 433, cuDNN 267; 8-bit at 16384 triton_sage 812, "
+        "sage 754; at 1024 triton_sage 32, cuDNN 189; forward and backward at 4096 cuDNN 576, triton_flash 400",
+        # FlashAttention-3 was at worst 0.7 % behind cuDNN (2x4096, head_dim 128), which is within the noise.
+        plain=("_flash_3",),
+        padded=("triton_flash",),
+        quantised=("triton_sage", "_sage_qk_int8_pv_fp8_cuda_sm90", "triton_sage_fp16", "sage"),
+        # At 2x4096 the two were equal (667 and 668), at 16384 the 8-bit kernel was 1.3 times as fast.
+        quantised_from=8192,
     ),
-    "cuda": Order(
-        ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flex", "_native_math", "reference"),
-        (),
-        "untested",
-    ),
-    "cpu": Order(("native", "_native_flash", "_native_math", "flex", "reference"), (), "untested"),
+    "sm_80": _cuda("_sage_qk_int8_pv_fp16_cuda"),
+    "sm_86": _cuda("_sage_qk_int8_pv_fp16_cuda"),
+    "sm_89": _cuda("_sage_qk_int8_pv_fp8_cuda"),
+    "sm_100": _cuda(),
+    "sm_120": _cuda("_sage_qk_int8_pv_fp8_cuda"),
+    "rocm": Order(("native", "_native_flash", "aiter_fa2_hub", "_native_efficient", "flex", *_LAST), UNTESTED),
+    "cuda": _cuda(),
+    "npu": Order(("native", "_native_npu", *_LAST), UNTESTED),
+    "xla": Order(("native", "_native_xla", *_LAST), UNTESTED),
+    "xpu": Order(("native", "flex", *_LAST), UNTESTED),
+    "cpu": Order(("native", "_native_flash", "_native_math", "flex", "reference"), UNTESTED),
 }
+_FALLBACK = Order(("native", *_LAST), UNTESTED)
+
+# TFLOP/s, same machine and dates as the sm_90 order, for 1 x 16384 x 24 heads, by (head_dim, causal).
+RATES: dict[str, dict[tuple[int, bool], dict[str, float]]] = {
+    "sm_90": {
+        (128, False): {"_native_cudnn": 634, "native": 634, "_native_flash": 358, "_native_efficient": 166, "flex": 477, "_flash_3": 684, "flash_4": 712, "triton_flash": 526, "triton_sage": 812, "triton_sage_fp16": 602, "sage": 745, "_sage_qk_int8_pv_fp8_cuda_sm90": 745},
+        (64, False): {"_native_cudnn": 476, "native": 476, "_native_flash": 312, "_native_efficient": 129, "flex": 401, "_flash_3": 528, "flash_4": 555, "triton_flash": 483, "triton_sage": 543, "triton_sage_fp16": 448, "sage": 505, "_sage_qk_int8_pv_fp8_cuda_sm90": 505},
+        (128, True): {"_native_cudnn": 585, "native": 585, "_native_flash": 336, "_native_efficient": 173, "flex": 412, "_flash_3": 649, "flash_4": 622, "triton_flash": 520, "triton_sage": 776, "triton_sage_fp16": 568, "sage": 622, "_sage_qk_int8_pv_fp8_cuda_sm90": 622},
+    }
+}  # fmt: skip
 
 
 def platform(spec: CallSpec) -> str:
     """The key of :data:`ORDERS` that applies to a call."""
-    return spec.architecture if spec.architecture in ORDERS else spec.device
+    if spec.architecture in ORDERS:
+        return spec.architecture
+    return "rocm" if spec.architecture.startswith("gfx") else spec.device
 
 
-def order(spec: CallSpec, quantised: bool = False, lengths: tuple[int, int, int] | None = None) -> tuple[str, ...]:
-    """Backend names for ``auto`` in order of preference; quantised ones only if asked for."""
-    found = ORDERS.get(platform(spec))
-    names = _FALLBACK if found is None else (found.quantised if quantised else ()) + found.exact
-    known = registry.names()
-    return tuple(name for name in names if name in known)
+def measurement(spec: CallSpec) -> str:
+    """What the static order for a call rests on."""
+    return ORDERS.get(platform(spec), _FALLBACK).measured
 
 
-def bucket(lengths: tuple[int, int, int] | None) -> object:
+def order(spec: CallSpec, quantised: bool = False, lengths: Extent | None = None) -> tuple[str, ...]:
+    """Backend names for ``auto`` in order of preference; quantised ones only if asked for.
+
+    Measured choices come first, then the static order. What a check on this machine found wrong is left out, and what
+    is known to be doubtful for such calls comes last.
+    """
+    names = dict.fromkeys((*store.ranking(spec, lengths, quantised), *static_order(spec, quantised, lengths)))
+    known = set(registry.names())
+    sound = [name for name in names if name in known and not found_wrong(name, spec)]
+    return tuple(sorted(sound, key=lambda name: bool(known_bad.notes(name, spec)) and not _verified(name, spec)))
+
+
+def static_order(spec: CallSpec, quantised: bool = False, lengths: Extent | None = None) -> tuple[str, ...]:
+    """The order for a platform before anything was measured on this machine."""
+    found = ORDERS.get(platform(spec), _FALLBACK)
+    first: tuple[str, ...] = ()
+    if not spec.grad:
+        if spec.mask == "key_padding":
+            first = found.padded
+        elif spec.mask == "none" and not (spec.window or spec.softcap):
+            first = found.plain
+    exact = (*first, *found.exact)
+    if not quantised:
+        return tuple(dict.fromkeys(exact))
+    # Sizes are unknown while a graph is traced; whoever asked for 8 bits has long sequences in mind.
+    long = lengths is None or min(lengths.q_len, lengths.k_len) >= found.quantised_from
+    return tuple(dict.fromkeys((*found.quantised, *exact) if long else (*exact, *found.quantised)))
+
+
+def found_wrong(name: str, spec: CallSpec) -> bool:
+    """Whether the last check of a backend on this machine (``attention-dispatch doctor``) found it wrong."""
+    verdict = store.verdict(name, spec.device)
+    return verdict is not None and verdict["state"] != "ok"
+
+
+def _verified(name: str, spec: CallSpec) -> bool:
+    verdict = store.verdict(name, spec.device)
+    return verdict is not None and verdict["state"] == "ok"
+
+
+@lru_cache(maxsize=4096)
+def bucket(lengths: Extent | None) -> object:
     """What of the lengths may change a choice; part of the key under which plans are remembered."""
-    return None
+    if lengths is None:
+        return None
+    return (
+        store.rounded(lengths.batch),
+        store.rounded(lengths.q_len),
+        store.rounded(lengths.k_len),
+        lengths.contiguous,
+        min(lengths.q_len, lengths.k_len) >= _LONG,
+    )
+
+
+_LONG = max(order.quantised_from for order in ORDERS.values())

@@ -12,6 +12,8 @@ from .capabilities import reasons_against
 from .errors import BackendRejectedError, NoBackendError, Reason, none_left_message, rejected_message
 from .registry import Backend
 from .request import AUTO, AUTO_QUANTIZED, Request
+from .tuning import store
+from .tuning.store import Extent
 
 
 class Verdict(NamedTuple):
@@ -42,6 +44,7 @@ class Plan(NamedTuple):
 _plans: dict[tuple[Request, CallSpec, object], Plan] = {}
 _lock = threading.Lock()
 registry._on_change.append(_plans.clear)
+store.on_change.append(_plans.clear)
 
 
 def plan_for(request: Request, spec: CallSpec, call: AttentionCall | None = None) -> Plan:
@@ -57,9 +60,7 @@ def plan_for(request: Request, spec: CallSpec, call: AttentionCall | None = None
         BackendRejectedError: a demand whose backend cannot run the call.
         NoBackendError: no candidate of a permission, or of ``auto``, can.
     """
-    lengths = None
-    if call is not None and request.mode in (AUTO, AUTO_QUANTIZED):
-        lengths = (call.query.shape[0], call.query.shape[1], call.key.shape[1])
+    lengths = extent_of(call) if call is not None and request.mode in (AUTO, AUTO_QUANTIZED) else None
     key = (request, spec, preference.bucket(lengths))
     plan = _plans.get(key)
     if plan is None:
@@ -69,6 +70,13 @@ def plan_for(request: Request, spec: CallSpec, call: AttentionCall | None = None
         if call is not None:
             _warn_of_math(plan, spec, call)
     return plan
+
+
+def extent_of(call: AttentionCall) -> Extent:
+    """The sizes on which a measured choice depends."""
+    query, key, value = call.query, call.key, call.value
+    contiguous = query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
+    return Extent(query.shape[0], query.shape[1], key.shape[1], contiguous)
 
 
 def verdict_on(name: str, spec: CallSpec) -> Verdict:
@@ -81,16 +89,14 @@ def verdict_on(name: str, spec: CallSpec) -> Verdict:
     return Verdict(name, registry.status(name).reasons or self_test.reasons(backend, spec))
 
 
-def candidates(request: Request, spec: CallSpec, lengths: tuple[int, int, int] | None = None) -> tuple[str, ...]:
+def candidates(request: Request, spec: CallSpec, lengths: Extent | None = None) -> tuple[str, ...]:
     """Names in the order in which a request considers them."""
     if request.mode in (AUTO, AUTO_QUANTIZED):
         return preference.order(spec, quantised=request.mode == AUTO_QUANTIZED, lengths=lengths)
     return request.names
 
 
-def _resolve(
-    request: Request, spec: CallSpec, call: AttentionCall | None, lengths: tuple[int, int, int] | None
-) -> Plan:
+def _resolve(request: Request, spec: CallSpec, call: AttentionCall | None, lengths: Extent | None) -> Plan:
     verdicts: list[Verdict] = []
     costly: tuple[Backend, tuple[str, ...]] | None = None
     for name in candidates(request, spec, lengths):
