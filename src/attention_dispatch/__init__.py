@@ -11,11 +11,13 @@ from .errors import (
     UnknownBackendError,
 )
 from .models import AttentionModelMixin, reset_attention_backend, set_attention_backend
+from .recording import record
 from .registry import Backend, Status, register_backend
 from .registry import names as list_backends
 from .registry import status as backend_status
 from .request import attention_backend
 from .settings import _AttentionBackendRegistry, set_checks
+from .tuning.session import tuning
 
 __version__ = "0.1.0"
 
@@ -36,9 +38,11 @@ __all__ = [
     "dispatch_attention_fn",
     "explain",
     "list_backends",
+    "record",
     "register_backend",
     "reset_attention_backend",
     "scaled_dot_product_attention",
     "set_attention_backend",
     "set_checks",
+    "tuning",
 ]

@@ -230,6 +230,10 @@ def _dispatch(
     else:
         plan = plan_for(request, spec, call)
         output = plan.backend.forward(call)
+        if checks == "numerics":
+            from .recording import shadow_check
+
+            shadow_check(call, spec, plan, output)
         if current.state.observer is not None:
             output = current.state.observer(call, spec, request, plan, output)
         elif attn_mask is None and attention_kwargs is None and not checks and plan.backend.bind is not None:
@@ -245,13 +249,17 @@ def _dispatch(
 
 
 _forwards: dict[str, Callable[[AttentionCall], AttentionOutput]] = {}
+# Which backend every kind of call got that was traced into a graph; a graph itself cannot be asked.
+traced_choices: dict[tuple[Request, CallSpec], str] = {}
 
 
 @torch._dynamo.assume_constant_result
 def _traced_choice(mode: str, names: tuple[str, ...], *facts: Any) -> str:
     """The backend's name as a constant of the graph: a decision imports, locks and formats, which cannot be traced."""
-    backend = plan_for(Request(mode, names), CallSpec(*facts)).backend
+    request, spec = Request(mode, names), CallSpec(*facts)
+    backend = plan_for(request, spec).backend
     _forwards[backend.name] = backend.forward
+    traced_choices[request, spec] = backend.name
     return backend.name
 
 

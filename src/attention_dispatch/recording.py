@@ -1,0 +1,322 @@
+"""What really ran: calls recorded per module, and outputs compared with exact attention."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import threading
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import registry
+from .call import AttentionCall, AttentionOutput, CallSpec, describe
+from .request import Request, current
+from .resolve import Plan
+from .tuning import exactness
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+_REFERENCE_SCORES = 1 << 22
+
+
+class Check(NamedTuple):
+    """An output compared with exact attention.
+
+    Attributes:
+        relative_l2, largest: see :class:`~attention_dispatch.tuning.exactness.Error`; NaN where not finite.
+        allowed: largest ``relative_l2`` for this backend.
+        finite_inputs: whether q, k and v were finite; if not, the cause lies before this module.
+        finite: whether the output is.
+    """
+
+    relative_l2: float
+    largest: float
+    allowed: float
+    finite_inputs: bool
+    finite: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.finite and (math.isnan(self.relative_l2) or self.relative_l2 <= self.allowed)
+
+
+class Record:
+    """One kind of call of one module.
+
+    Attributes:
+        module: name in the model; the class where it has none; empty outside of modules.
+        backend: what ran it. request: what was asked for. call: in words. count: how often. mask: its kind.
+        refused: backend -> why not, where the request was a permission.
+        check: the comparison with exact attention, if asked for.
+    """
+
+    def __init__(self, module: str, call: AttentionCall, spec: CallSpec, request: Request, plan: Plan):
+        self.module = module
+        self.backend = plan.backend.name
+        self.request = str(request)
+        self.call = describe(call, spec)
+        self.mask = spec.mask
+        self.query_shape = tuple(call.query.shape)
+        self.key_shape = tuple(call.key.shape)
+        self.count = 0
+        self.refused = {
+            verdict.name: "; ".join(reason.what for reason in verdict.reasons)
+            for verdict in plan.verdicts
+            if verdict.reasons
+        }
+        self.check: Check | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        data = dict(vars(self))
+        data["check"] = None if self.check is None else {**self.check._asdict(), "ok": self.check.ok}
+        return data
+
+
+class Calls:
+    """The calls recorded in a ``with record():`` scope.
+
+    Attributes:
+        records: one :class:`Record` per module and kind of call, in order of their first call.
+        compiled: kinds of calls that were traced into compiled graphs by this process so far, with their backend.
+            A compiled graph runs without this library, so neither modules nor counts are known.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.compiled: list[tuple[str, str]] = []
+        self._by_key: dict[Any, Record] = {}
+
+    def backends(self) -> dict[str, int]:
+        """Number of calls by backend."""
+        counts: dict[str, int] = {}
+        for record in self.records:
+            counts[record.backend] = counts.get(record.backend, 0) + record.count
+        return counts
+
+    def first_not_finite(self) -> Record | None:
+        """The first module with finite inputs whose output was NaN or infinite; needs ``compare``."""
+        for record in self.records:
+            if record.check is not None and record.check.finite_inputs and not record.check.finite:
+                return record
+        return None
+
+    def table(self) -> str:
+        """Readable text: one line per module and kind of call."""
+        rows = [("module", "backend", "count", "q", "k", "mask", "asked for", "error")]
+        for record in self.records:
+            rows.append(
+                (
+                    record.module or "(no module)",
+                    record.backend,
+                    str(record.count),
+                    "x".join(map(str, record.query_shape)),
+                    "x".join(map(str, record.key_shape)),
+                    record.mask,
+                    record.request,
+                    _error_text(record.check),
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        for record in self.records:
+            lines += [f"  {record.module or '(no module)'}: not {name}: {why}" for name, why in record.refused.items()]
+        broken = self.first_not_finite()
+        if broken is not None:
+            lines.append(f"The first output that is not finite came from {broken.module!r} on {broken.backend!r}.")
+        lines += [f"compiled: {backend}: {spec}" for spec, backend in self.compiled]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """All records as JSON."""
+        compiled = [{"call": spec, "backend": backend} for spec, backend in self.compiled]
+        return json.dumps({"calls": [record.as_dict() for record in self.records], "compiled": compiled}, indent=2)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _error_text(check: Check | None) -> str:
+    if check is None:
+        return ""
+    if not check.finite:
+        return "not finite" if check.finite_inputs else "not finite, nor were its inputs"
+    if math.isnan(check.relative_l2):
+        return "finite"
+    return f"{check.relative_l2:.2g}" + ("" if check.ok else f" (allowed {check.allowed:.2g})")
+
+
+class record:  # lower case: it is used like a function
+    """Scope in which every attention call of this thread is recorded: which module, which backend, how often, why.
+
+    Costs nothing when not used. Calls inside compiled graphs run without this library; of these the kinds of call and
+    their backends are listed (``calls.compiled``), without modules and counts.
+
+    Args:
+        compare: ``"reference"`` also compares the first of each distinct kind of call of each module with exact
+            attention (float64, on sampled rows), and finds the first module whose output is not finite.
+
+    Raises:
+        ValueError: another value of ``compare``.
+
+    Example:
+        >>> import torch, attention_dispatch as ad
+        >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
+        >>> _ = ad.set_attention_backend(layer, ["flash", "native"])
+        >>> with ad.record() as calls:
+        ...     _ = layer(torch.randn(1, 8, 32))
+        >>> [(call.module, call.backend, call.count) for call in calls.records]
+        [('self_attn', 'native', 1)]
+        >>> ad.reset_attention_backend(layer)
+    """
+
+    def __init__(self, compare: str | None = None):
+        if compare not in (None, "reference"):
+            raise ValueError(f"compare must be 'reference' or None, got {compare!r}.")
+        self.compare = compare
+        self.calls = Calls()
+
+    def __enter__(self) -> Calls:
+        state = current.state
+        self._outer = state.observer
+        state.observer = self._observe
+        state.refresh()
+        return self.calls
+
+    def __exit__(self, *exception: object) -> None:
+        from .api import traced_choices
+
+        state = current.state
+        state.observer = self._outer
+        state.refresh()
+        self.calls.compiled = [(_spec_text(spec), backend) for (_request, spec), backend in traced_choices.items()]
+
+    def _observe(self, call: AttentionCall, spec: CallSpec, request: Request, plan: Plan, output: Any) -> Any:
+        module = module_name()
+        key = (module, spec, request, plan.backend.name, call.query.shape, call.key.shape)
+        found = self.calls._by_key.get(key)
+        if found is None:
+            found = self.calls._by_key[key] = Record(module, call, spec, request, plan)
+            self.calls.records.append(found)
+        found.count += 1
+        if self.compare is not None and _can_compare(spec) and (found.check is None or found.check.finite):
+            found.check = (
+                compare(call, spec, plan, output) if found.check is None else _finiteness(found.check, call, output)
+            )
+        return output if self._outer is None else self._outer(call, spec, request, plan, output)
+
+
+def compare(call: AttentionCall, spec: CallSpec, plan: Plan, output: AttentionOutput) -> Check:
+    """An output against exact attention; only its finiteness where there is nothing exact to compare with."""
+    with torch.no_grad():
+        out = output.out.detach()
+        finite = bool(out.isfinite().all())
+        inputs = all(bool(tensor.isfinite().all()) for tensor in (call.query, call.key, call.value))
+        bound = exactness.allowed(plan.backend, spec)
+        error = exactness.Error(float("nan"), float("nan"))
+        if finite and inputs:
+            exact = exactness.sample(call)
+            if exact is not None:
+                error = exactness.error_of(out, exact)
+            elif not call.dropout_p and call.query.shape[1] * call.key.shape[1] <= _REFERENCE_SCORES:
+                error = _reference_error(call, out)
+        return Check(error.relative_l2, error.largest, bound, inputs, finite)
+
+
+def _reference_error(call: AttentionCall, out: Tensor) -> exactness.Error:
+    """For a BlockMask, whose rows cannot be sampled."""
+    wide = out.double()
+    exact = registry.get("reference").forward(call).out.double()
+    size = max(float(exact.norm()), 1e-30)
+    return exactness.Error(float((wide - exact).norm()) / size, float((wide - exact).abs().max()))
+
+
+def _finiteness(before: Check, call: AttentionCall, output: AttentionOutput) -> Check:
+    """The check of an earlier call of this kind, with this call's NaN if it has any."""
+    if bool(output.out.detach().isfinite().all()):
+        return before
+    inputs = all(bool(tensor.detach().isfinite().all()) for tensor in (call.query, call.key, call.value))
+    return before._replace(finite=False, finite_inputs=inputs)
+
+
+_checked: set[Any] = set()
+_reported: set[tuple[str, str]] = set()
+_lock = threading.Lock()
+
+
+def shadow_check(call: AttentionCall, spec: CallSpec, plan: Plan, output: AttentionOutput) -> None:
+    """Compare a call, once per module and kind, with exact attention; warn once per module of what is wrong.
+
+    Runs for every call while ``ATTENTION_DISPATCH_CHECKS=numerics``.
+    """
+    if not _can_compare(spec):
+        return
+    module = module_name()
+    key = (module, spec, plan.backend.name, call.query.shape, call.key.shape)
+    with _lock:
+        if key in _checked:
+            return
+        _checked.add(key)
+    check = compare(call, spec, plan, output)
+    # What is broken before attention would be reported by every module after it: once is enough.
+    about = (module, plan.backend.name) if check.finite_inputs else ("", "inputs")
+    if check.ok or about in _reported:
+        return
+    _reported.add(about)
+    where = f"in {module!r} " if module else ""
+    if not check.finite_inputs:
+        found = f"q, k or v {where}are NaN or infinite: the cause lies before this attention"
+    elif not check.finite:
+        found = f"backend {plan.backend.name!r} {where}returned NaN or infinity for finite q, k and v"
+    else:
+        found = (
+            f"backend {plan.backend.name!r} {where}deviates from exact attention: relative error "
+            f"{check.relative_l2:.3g} (allowed {check.allowed:.3g}), largest {check.largest:.3g}"
+        )
+    warnings.warn(f"{found} ({describe(call, spec)}).", stacklevel=4)
+
+
+def forget_checks() -> None:
+    """Check and report everything again."""
+    with _lock:
+        _checked.clear()
+        _reported.clear()
+
+
+def _can_compare(spec: CallSpec) -> bool:
+    return spec.device != "meta" and not (spec.device == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+_names: weakref.WeakKeyDictionary[nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
+
+
+def module_name() -> str:
+    """Name of the innermost module whose forward is running, in the outermost one; empty outside of modules.
+
+    Read from the stack, so that modules need no hooks.
+    """
+    running: list[nn.Module] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL:
+            running.append(frame.f_locals["self"])
+        frame = frame.f_back
+    if not running:
+        return ""
+    inner, outer = running[0], running[-1]
+    names = _names.get(outer)
+    if names is None or id(inner) not in names:
+        names = {id(module): name for name, module in outer.named_modules()}
+        _names[outer] = names
+    return names.get(id(inner)) or type(inner).__name__
+
+
+def _spec_text(spec: CallSpec) -> str:
+    flags = [name for name in ("is_causal", "window", "softcap", "dropout", "grad", "lse") if getattr(spec, name)]
+    text = f"{spec.heads} heads of {spec.head_dim}, {str(spec.dtype).removeprefix('torch.')} on {spec.device}"
+    return ", ".join([text, f"mask {spec.mask}", *flags])
