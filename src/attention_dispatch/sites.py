@@ -21,7 +21,9 @@ _MAX_DEPTH = 4
 
 # Wrappers add a component to the names of the modules inside; users write the names they know.
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_CROSS_NAMES = frozenset({"attn2", "cross_attn", "cross_attention", "crossattention", "encdecattention", "encoder_attn"})
+_CROSS_NAMES = frozenset(
+    {"attn2", "cross_attn", "cross_attention", "crossattention", "encdecattention", "encoder_attn"}
+)
 _SELF_NAMES = frozenset({"attn1", "self_attn", "self_attention", "selfattention"})
 _ATTENTION_CLASS = re.compile(r"Attention$|Attn$|Attention2D$")
 
