@@ -1,0 +1,218 @@
+"""The attention calls of real models, as data, for benchmarks and for tuning without the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import AttentionCall
+from ..masks import Mask
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+MASKS = ("none", "key_padding", "bool", "bias")
+
+
+class Shape(NamedTuple):
+    """One attention call.
+
+    Attributes:
+        name: for tables. batch, q_len, k_len, heads, kv_heads, head_dim: sizes.
+        causal: top-left causal masking. mask: one of :data:`MASKS`. grad: forward and backward.
+        dtype: a key of :data:`DTYPES`.
+    """
+
+    name: str
+    batch: int
+    q_len: int
+    k_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool = False
+    mask: str = "none"
+    grad: bool = False
+    dtype: str = "bfloat16"
+
+    @property
+    def flops(self) -> float:
+        """Floating point operations: 4·B·H·Q·K·D, half of it under causal masking, 3.5 times with the backward pass."""
+        pairs = self.q_len * self.k_len / (2 if self.causal else 1)
+        return 4.0 * self.batch * self.heads * pairs * self.head_dim * (3.5 if self.grad else 1.0)
+
+    def __str__(self) -> str:
+        lengths = str(self.q_len) if self.q_len == self.k_len else f"{self.q_len}q/{self.k_len}k"
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        extras = [self.dtype, *(["causal"] if self.causal else []), *([self.mask] if self.mask != "none" else [])]
+        extras += ["fwd+bwd"] if self.grad else []
+        text = f"{self.batch}x{lengths} H{heads} D{self.head_dim} {' '.join(extras)}"
+        return f"{self.name}: {text}" if self.name else text
+
+
+class Model(NamedTuple):
+    """The calls of one model and where their sizes come from."""
+
+    title: str
+    shapes: tuple[Shape, ...]
+    source: str
+
+
+def _self(name: str, batch: int, length: int, heads: int, head_dim: int, **facts: Any) -> Shape:
+    return Shape(name, batch, length, length, heads, heads, head_dim, **facts)
+
+
+def _cross(name: str, batch: int, q_len: int, k_len: int, heads: int, head_dim: int, **facts: Any) -> Shape:
+    return Shape(name, batch, q_len, k_len, heads, heads, head_dim, **facts)
+
+
+MODELS: dict[str, Model] = {
+    "flux": Model(
+        "FLUX.1-dev, 1024x1024",
+        (_self("joint", 1, 4096 + 512, 24, 128),),
+        "64x64 packed latents and 512 T5 tokens; huggingface.co/black-forest-labs/FLUX.1-dev transformer/config.json",
+    ),
+    "qwen-image": Model(
+        "Qwen-Image, 1328x1328",
+        (_self("joint", 1, 83 * 83 + 256, 24, 128, mask="key_padding"),),
+        "83x83 packed latents, a prompt of 256 tokens assumed; huggingface.co/Qwen/Qwen-Image transformer/config.json",
+    ),
+    "wan-480p": Model(
+        "Wan 2.1 14B, 832x480, 81 frames",
+        (_self("self", 1, 32760, 40, 128), _cross("text", 1, 32760, 512, 40, 128)),
+        "21x30x52 tokens, 512 text tokens; huggingface.co/Wan-AI/Wan2.1-T2V-14B config.json",
+    ),
+    "wan-720p": Model(
+        "Wan 2.1 14B, 1280x720, 81 frames",
+        (_self("self", 1, 75600, 40, 128), _cross("text", 1, 75600, 512, 40, 128)),
+        "21x45x80 tokens, 512 text tokens; huggingface.co/Wan-AI/Wan2.1-T2V-14B config.json",
+    ),
+    "hunyuan-video": Model(
+        "HunyuanVideo, 1280x720, 129 frames",
+        (_self("joint", 1, 118800 + 256, 24, 128, mask="key_padding"),),
+        "33x45x80 tokens and 256 text tokens; huggingface.co/hunyuanvideo-community/HunyuanVideo transformer/config.json",
+    ),
+    "ltx": Model(
+        "LTX-Video, 768x512, 121 frames",
+        (_self("self", 1, 6144, 32, 64), _cross("text", 1, 6144, 128, 32, 64, mask="key_padding")),
+        "16x16x24 tokens, 128 text tokens; huggingface.co/Lightricks/LTX-Video transformer/config.json",
+    ),
+    "sdxl": Model(
+        "SDXL, 1024x1024 with guidance",
+        (
+            _self("64x64 self", 2, 4096, 10, 64, dtype="float16"),
+            _self("32x32 self", 2, 1024, 20, 64, dtype="float16"),
+            _cross("64x64 text", 2, 4096, 77, 10, 64, dtype="float16"),
+            _cross("32x32 text", 2, 1024, 77, 20, 64, dtype="float16"),
+        ),
+        "huggingface.co/stabilityai/stable-diffusion-xl-base-1.0 unet/config.json",
+    ),
+    "llama-3-8b": Model(
+        "Llama 3 8B",
+        (
+            Shape("prefill", 1, 8192, 8192, 32, 8, 128, causal=True),
+            Shape("decode", 16, 1, 8192, 32, 8, 128),
+            Shape("train", 1, 4096, 4096, 32, 8, 128, causal=True, grad=True),
+        ),
+        "huggingface.co/meta-llama/Meta-Llama-3-8B config.json",
+    ),
+    "vit-l": Model(
+        "ViT-L/16, 224x224",
+        (_self("inference", 64, 197, 16, 64), _self("train", 64, 197, 16, 64, grad=True)),
+        "196 patches and a class token; huggingface.co/google/vit-large-patch16-224 config.json",
+    ),
+    "baselines": Model(
+        "nine shapes of this project's measurements",
+        (
+            _self("", 2, 4096, 24, 128),
+            _self("", 1, 16384, 24, 128),
+            _self("", 2, 4096, 24, 64),
+            _self("", 1, 16384, 24, 64),
+            _self("", 1, 16384, 24, 128, causal=True),
+            _cross("", 1, 32768, 512, 24, 128),
+            _self("", 1, 4096, 24, 128),
+            _self("", 1, 1024, 24, 128),
+            _self("", 1, 4250, 24, 128, mask="key_padding"),
+        ),
+        "benchmarks/kernels.py",
+    ),
+    "tiny": Model(
+        "small calls for a first look, float32",
+        (
+            _self("self", 1, 256, 4, 64, dtype="float32"),
+            _self("padded", 2, 128, 4, 64, mask="key_padding", dtype="float32"),
+        ),
+        "made up",
+    ),
+}
+
+
+def of_model(name: str) -> Model:
+    """A model by name.
+
+    Raises:
+        ValueError: no such model; the message lists them.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}. Known: {', '.join(MODELS)}.")
+    return MODELS[name]
+
+
+def read(file: Path) -> list[Shape]:
+    """Shapes from a JSON list of objects whose keys are the fields of :class:`Shape`; ``k_len``, ``kv_heads`` and
+    ``name`` may be left out.
+
+    Raises:
+        ValueError: not such a list.
+    """
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return [
+            Shape(**{"name": "", "k_len": row["q_len"], "kv_heads": row["heads"], **row})  # type: ignore[arg-type]
+            for row in rows
+        ]
+    except (OSError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f'{file} is not a list of shapes ({error}). Example: [{{"batch": 1, "q_len": 4096, "heads": 24, "head_dim": 128}}]'
+        ) from error
+
+
+def inputs(shape: Shape, device: torch.device, seed: int = 0) -> AttentionCall:
+    """Random tensors of a shape; keys carry an offset per channel of 2 standard deviations, as diffusion transformers'
+    keys do. Padding hides the last quarter of the keys."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dtype = DTYPES[shape.dtype]
+
+    def tensor(length: int, heads: int) -> Tensor:
+        size = (shape.batch, length, heads, shape.head_dim)
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+    query = tensor(shape.q_len, shape.heads)
+    key = tensor(shape.k_len, shape.kv_heads)
+    value = tensor(shape.k_len, shape.kv_heads)
+    key += 2.0 * torch.randn((1, 1, *key.shape[2:]), generator=generator, device=device, dtype=dtype)
+    for leaf in (query, key, value):
+        leaf.requires_grad_(shape.grad)
+    return AttentionCall(
+        query,
+        key,
+        value,
+        _mask(shape, device, dtype),
+        is_causal=shape.causal,
+        scale=shape.head_dim**-0.5,
+        enable_gqa=shape.heads != shape.kv_heads,
+    )
+
+
+def _mask(shape: Shape, device: torch.device, dtype: torch.dtype) -> Mask | None:
+    if shape.mask == "none":
+        return None
+    visible = torch.arange(shape.k_len, device=device) < max(1, shape.k_len * 3 // 4)
+    if shape.mask == "key_padding":
+        return Mask("key_padding", visible.expand(shape.batch, -1).contiguous())
+    keep = visible.expand(1, 1, shape.q_len, -1).contiguous()
+    if shape.mask == "bool":
+        return Mask("bool", keep)
+    return Mask("bias", torch.zeros(keep.shape, device=device, dtype=dtype).masked_fill(~keep, float("-inf")))
