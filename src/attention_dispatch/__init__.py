@@ -1,5 +1,6 @@
 """Route any PyTorch attention call to any attention kernel: one interface, one meaning, every kernel."""
 
+from . import policies
 from .api import dispatch_attention_fn, explain, scaled_dot_product_attention
 from .errors import (
     AttentionDispatchError,
@@ -38,6 +39,7 @@ __all__ = [
     "dispatch_attention_fn",
     "explain",
     "list_backends",
+    "policies",
     "record",
     "register_backend",
     "reset_attention_backend",

@@ -75,7 +75,7 @@ def dispatch_attention_fn(
         try:
             return _bound[
                 query.shape, key.shape, value.shape, query.dtype, query.device,
-                dropout_p, is_causal, scale, enable_gqa, backend, current.state.effective,
+                dropout_p, is_causal, scale, enable_gqa, backend, current.fields["effective"],
             ](query, key, value)  # fmt: skip
         except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError):
             # Not seen before, or not as the kernel needs it, or the caller's mistake: the long way tells.
@@ -243,7 +243,7 @@ def _dispatch(
                     _bound.clear()
                 _bound[
                     query.shape, key.shape, value.shape, query.dtype, query.device,
-                    dropout_p, is_causal, scale, enable_gqa, backend, current.state.effective,
+                    dropout_p, is_causal, scale, enable_gqa, backend, current.fields["effective"],
                 ] = run  # fmt: skip
     return (output.out, output.lse) if call.return_lse else output.out
 

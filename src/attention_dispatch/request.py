@@ -88,6 +88,16 @@ class Observed(NamedTuple):
     observer: Any
 
 
+def _field(name: str) -> property:
+    def read(self: Settings) -> Any:
+        return self.fields[name]
+
+    def write(self: Settings, value: Any) -> None:
+        self.fields[name] = value
+
+    return property(read, write)
+
+
 class Settings:
     """The settings of one thread.
 
@@ -97,22 +107,31 @@ class Settings:
         scope: the request of the innermost ``with attention_backend``.
         observer: called after each call while calls are recorded.
         step: the denoising step, None outside of one; ``scheduled`` holds the requests of policies for it.
-        effective: what these amount to, kept so that a call reads one attribute.
+        effective: what these amount to, kept so that a call reads one value.
+        fields: what traced code writes. torch.compile (2.13) loses what it writes to an attribute, but not to a dict,
+            after flex_attention in the same graph; and it guards on every value of a dict that it writes to.
     """
 
     def __init__(self) -> None:
-        self.model: Request | None = None
-        self.stack: list[tuple[Any, Request | None]] = []
-        self.scope: Request | None = None
-        self.observer: Any = None
+        self.fields: dict[str, Any] = {
+            "model": None,
+            "stack": [],
+            "scope": None,
+            "observer": None,
+            "effective": None,
+        }
         self.step: int | None = None
         self.scheduled: dict[str, Request] = {}
-        self.effective: Request | Observed | None = None
+
+    model, stack, scope = (_field(name) for name in ("model", "stack", "scope"))
+    observer, effective = (_field(name) for name in ("observer", "effective"))
 
     def refresh(self) -> None:
         """Recompute ``effective`` after another field changed."""
-        request = self.scope if self.model is None else self.model
-        self.effective = request if self.observer is None else Observed(request, self.observer)
+        fields = self.fields
+        model, observer = fields["model"], fields["observer"]
+        request = fields["scope"] if model is None else model
+        fields["effective"] = request if observer is None else Observed(request, observer)
 
 
 def _of_thread(name: str) -> property:
@@ -133,6 +152,7 @@ class _ThreadSettings(threading.local):
 
     def __init__(self) -> None:
         self.state = Settings()
+        self.fields = self.state.fields
 
     model, stack, scope, observer = (_of_thread(name) for name in ("model", "stack", "scope", "observer"))
     step, scheduled, effective = (_of_thread(name) for name in ("step", "scheduled", "effective"))
@@ -189,14 +209,14 @@ class attention_backend:  # lower case: it is used like a function, as in diffus
 
     def __enter__(self) -> attention_backend:
         state = current.state
-        self._outer = state.scope
-        state.scope = self.request
+        self._outer = state.fields["scope"]
+        state.fields["scope"] = self.request
         state.refresh()
         return self
 
     def __exit__(self, *exception: object) -> None:
         state = current.state
-        state.scope = self._outer
+        state.fields["scope"] = self._outer
         state.refresh()
 
 

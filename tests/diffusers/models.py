@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 import diffusers
+import torch
 
 
 def flux_transformer(layers: int = 1) -> tuple[Any, dict[str, Any]]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 import diffusers
+import torch
 
 NO_TEXT_ENCODER = {"text_encoder": None, "tokenizer": None}
 

