@@ -27,7 +27,7 @@ QUICK = (
     "plain_fp32",
     "plain_bf16",
     "plain_fp16",
-    "grad_bf16",
+    "whole_blocks_grad",
     "block_plus_one",
     "causal_lse",
     "causal_grad",

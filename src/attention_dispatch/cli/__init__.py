@@ -1,0 +1,1 @@
+"""The command ``attention-dispatch``: list, explain, doctor, tune and bench."""

@@ -1,0 +1,60 @@
+"""Backends that fail in every way a kernel can; importing this module registers nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from attention_dispatch.backends.reference import CAPABILITIES, attention
+from attention_dispatch.call import AttentionCall, AttentionOutput
+from attention_dispatch.registry import Backend, register_backend
+
+
+def _crashes(call: AttentionCall) -> AttentionOutput:
+    os._exit(7)
+
+
+def _hangs(call: AttentionCall) -> AttentionOutput:
+    time.sleep(600)
+    return attention(call)
+
+
+def _returns_nan(call: AttentionCall) -> AttentionOutput:
+    output = attention(call)
+    return output._replace(out=output.out * float("nan"))
+
+
+def _lies(call: AttentionCall) -> AttentionOutput:
+    """Fast, and the same for every query."""
+    mean = call.value.mean(dim=1, keepdim=True)
+    groups = call.query.shape[2] // call.value.shape[2]
+    out = mean.repeat_interleave(groups, dim=2).expand(-1, call.query.shape[1], -1, -1)
+    lse = torch.zeros(call.query.shape[0], call.query.shape[2], call.query.shape[1])
+    return AttentionOutput(out, lse if call.return_lse else None)
+
+
+def _raises(call: AttentionCall) -> AttentionOutput:
+    raise RuntimeError("no kernel image is available")
+
+
+FORWARDS = {
+    "fake_crash": _crashes,
+    "fake_hang": _hangs,
+    "fake_nan": _returns_nan,
+    "fake_lie": _lies,
+    "fake_raise": _raises,
+    "fake_right": attention,
+}
+
+
+def backend(name: str) -> Backend:
+    """A fake, not registered; it declares what the reference does."""
+    return Backend(name=name, family="fakes", capabilities=(CAPABILITIES,), forward=FORWARDS[name])
+
+
+def register() -> None:
+    """Register all of them."""
+    for name in FORWARDS:
+        register_backend(backend(name), replace=True)
