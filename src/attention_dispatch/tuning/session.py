@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import preference
+from .. import preference, registry
 from ..call import AttentionCall, AttentionOutput, CallSpec, describe
 from ..registry import Backend
 from ..request import current
@@ -151,6 +151,7 @@ class tuning:  # lower case: it is used like a function
         margin: fraction by which the fastest must beat the static choice to replace it.
         budget_s: seconds to spend on each candidate and kind of call, roughly.
         save: keep the results on disk; False keeps them in this process.
+        names: measure these backends only; None takes all that may be the fastest.
 
     Attributes:
         measurements: what was measured, in order.
@@ -176,6 +177,7 @@ class tuning:  # lower case: it is used like a function
         margin: float = MARGIN,
         budget_s: float = 0.2,
         save: bool = True,
+        names: Sequence[str] | None = None,
     ):
         if policy not in store.POLICIES:
             raise ValueError(f"policy must be one of {', '.join(store.POLICIES)}, got {policy!r}.")
@@ -185,6 +187,7 @@ class tuning:  # lower case: it is used like a function
         self.margin = margin
         self.budget_s = budget_s
         self.save = save
+        self.names = names
         self.measurements: list[Measurement] = []
         self._entries: dict[str, dict[str, Any]] = {}
         self._seen: set[str] = set()
@@ -228,14 +231,20 @@ class tuning:  # lower case: it is used like a function
             # Dropout and random gradients must not shift the caller's random numbers.
             with torch.random.fork_rng(enabled=True, devices=_devices(spec)):
                 found = measure_call(
-                    call, spec, quantised=self.quantised, policy=self.policy, margin=self.margin, budget_s=self.budget_s
+                    call,
+                    spec,
+                    quantised=self.quantised,
+                    policy=self.policy,
+                    margin=self.margin,
+                    budget_s=self.budget_s,
+                    names=self.names,
                 )
         finally:
             state.observer = observer
             state.refresh()
         if found is not None:
             self.measurements.append(found)
-            names = [backend.name for backend in candidates(spec, self.quantised) if backend.quantised]
+            names = [name for name in found.times if registry.get(name).quantised]
             self._entries.setdefault(spec.device, {})[found.key] = as_entry(found, spec, names)
 
     def _agree(self) -> None:
