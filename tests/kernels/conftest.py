@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+
 def _no_interpreter() -> str:
     """Why kernels cannot run on the CPU here; empty if they can."""
     if importlib.util.find_spec("triton") is None:

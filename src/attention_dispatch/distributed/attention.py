@@ -78,7 +78,7 @@ def context_parallel_attention(
         _check(query, key, value, attn_mask, dropout_p)
         scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        options = CallOptions(scale, float(softcap), deterministic, is_causal, tuple(window_size), needs_grad,
+        options = CallOptions(scale, float(softcap), deterministic, is_causal, (window_size[0], window_size[1]), needs_grad,
                               return_lse)
         facts = _facts(query, key, value, attn_mask, options, parallel, request or kernels[0].name)
     except Exception as caught:
@@ -119,7 +119,8 @@ class _Attention(torch.autograd.Function):
                 return ctx.run.recorded(chunk)
             if not ctx.own:
                 return tensors[5 * chunk:5 * chunk + 5]
-            heads, query, key, value, out, lse = plan.chunks[chunk][0], *tensors
+            heads = plan.chunks[chunk][0]
+            query, key, value, out, lse = tensors
             q, kv = slice(*heads.queries), slice(*heads.keys)
             return query[:, :, q], key[:, :, kv], value[:, :, kv], out[:, :, q], lse[:, q]
 

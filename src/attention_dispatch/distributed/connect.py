@@ -16,7 +16,7 @@ from ..errors import InvalidCallError, Reason
 from ..masks import Mask
 from ..registry import Backend
 from ..request import Request
-from ..resolve import candidates, verdict_on
+from ..resolve import candidates, extent_of, verdict_on
 from .attention import context_parallel_attention
 from .config import as_context_parallel
 from .pair import BlockCall, BlockFacts, exact_backward
@@ -98,8 +98,8 @@ def pairs_for(request: Request, query: Tensor, key: Tensor, value: Tensor) -> tu
     if request.mode == "demand":
         registry.require(request.names[0])
     facts = BlockFacts("none", False, False, "equal", False, False, True, False)
-    lengths = (query.shape[0], query.shape[1], key.shape[1])
-    names = candidates(request, _spec(query, key, value, facts), lengths)
+    extent = extent_of(AttentionCall(query, key, value))
+    names = candidates(request, _spec(query, key, value, facts), extent)
     return tuple(_pair(name, query.device.type) for name in names)
 
 

@@ -164,7 +164,8 @@ class Execution:
                 if step and is_last and following is not None:
                     next_own = arrive(chunk + 1, following)
                     upcoming = KeyValueRotation(ring, next_own[1], next_own[2])
-                yield Visit(chunk, own, *rotation.held, rotation.source, is_last)
+                held_key, held_value = rotation.held
+                yield Visit(chunk, own, held_key, held_value, rotation.source, is_last)
             if following is None:
                 return
             if upcoming is None:
@@ -224,14 +225,18 @@ class Execution:
         if query.shape[2] == 0:
             return
         call = self._call(step, visit.source, heads)
-        tensors = (query[:, block.queries], visit.key[:, block.keys], visit.value[:, block.keys])
+        tile_query, tile_key, tile_value = query[:, block.queries], visit.key[:, block.keys], visit.value[:, block.keys]
         if self._plan.by_autograd:
             with torch.enable_grad():
-                leaves = tuple(tensor.detach().requires_grad_() for tensor in tensors)
-                out, lse = self._pair.forward(*leaves, call)
+                leaves = tile_query, tile_key, tile_value = (
+                    tile_query.detach().requires_grad_(),
+                    tile_key.detach().requires_grad_(),
+                    tile_value.detach().requires_grad_(),
+                )
+                out, lse = self._pair.forward(tile_query, tile_key, tile_value, call)
             self.graphs[visit.chunk] = (*leaves, out)
         else:
-            out, lse = self._pair.forward(*tensors, call)
+            out, lse = self._pair.forward(tile_query, tile_key, tile_value, call)
         running.add(block.queries, out, lse)
 
     def _differentiate(self, step: Step, visit: Visit, row_lse: Tensor, d_query: Tensor, d_key: Tensor,

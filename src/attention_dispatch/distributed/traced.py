@@ -47,8 +47,8 @@ def traced_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, 
     if world == 1:
         return dispatch_attention_fn(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None,
                                      backend=request)
-    gathered = [_to_heads(tensor, world, parallel) for tensor in (query, key, value)]
-    out = dispatch_attention_fn(*gathered, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None,
+    query, key, value = (_to_heads(tensor, world, parallel) for tensor in (query, key, value))
+    out = dispatch_attention_fn(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None,
                                 backend=request)
     return _to_tokens(out, world, parallel)
 
@@ -57,13 +57,17 @@ def _to_heads(tensor: Tensor, world: int, parallel: ContextParallel) -> Tensor:
     batch, tokens, heads, head_dim = tensor.shape
     by_rank = tensor.view(batch, tokens, world, heads // world, head_dim).permute(2, 1, 0, 3, 4).contiguous()
     even = [tokens] * world
-    received = all_to_all_single_autograd(by_rank.flatten(0, 1), even, even, parallel.ulysses_group)
+    group = parallel.ulysses_group
+    assert group is not None
+    received = all_to_all_single_autograd(by_rank.flatten(0, 1), even, even, group)
     return received.transpose(0, 1)
 
 
 def _to_tokens(tensor: Tensor, world: int, parallel: ContextParallel) -> Tensor:
     batch, total, heads, head_dim = tensor.shape
     even = [total // world] * world
-    received = all_to_all_single_autograd(tensor.transpose(0, 1).contiguous(), even, even, parallel.ulysses_group)
+    group = parallel.ulysses_group
+    assert group is not None
+    received = all_to_all_single_autograd(tensor.transpose(0, 1).contiguous(), even, even, group)
     by_rank = received.view(world, total // world, batch, heads, head_dim)
     return by_rank.permute(2, 1, 0, 3, 4).reshape(batch, total // world, world * heads, head_dim)

@@ -18,15 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.hooks import layer_skip
+from diffusers.models import attention_dispatch as upstream
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.modeling_utils import ModelMixin
-
-import diffusers
-from diffusers.models import attention_dispatch as upstream
 
 from .. import api, models, registry, request, settings
 from ..api import request_for

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
-
-from transformers import masking_utils
 
 from .. import registry
 from ..api import dispatch_attention_fn
