@@ -199,7 +199,7 @@ def _ratio(
     # Those figures are for forward passes without a mask; they say nothing of a choice that has to serve one.
     plain = spec.mask == "none" and not spec.grad
     if chosen and plain and spec.is_causal == changed.is_causal and chosen in here and name in there:
-        return there[name] / here[chosen], f"H100, 1x16384, 24 heads, 2026-11-23 and 25"
+        return there[name] / here[chosen], "H100, 1x16384, 24 heads, 2026-11-23 and 25"
     return None, ""
 
 
