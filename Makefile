@@ -14,7 +14,7 @@ help:  ## list the targets
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[test,examples,bench,hub,dev]" "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[test,examples,cli,hub,dev]" "$(TORCH)"
 	touch $@
 
 demo: .venv/ready  ## sample digits from a diffusion transformer on every backend that runs here
@@ -34,7 +34,7 @@ bench: .venv/ready  ## measure: cost of a call, and the kernels if there is a GP
 	$(BIN)/python benchmarks/kernels.py
 
 docs: .venv/ready  ## write the generated table of backends
-	$(BIN)/python -m attention_dispatch.support_table > docs/backends.md
+	$(BIN)/attention-dispatch list --markdown > docs/backends.md
 
 clean:  ## remove what the other targets made
 	rm -rf .venv output build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """The table of what every backend supports, written from their declared capabilities.
 
-    python -m attention_dispatch.support_table > docs/backends.md
+    attention-dispatch list --markdown > docs/backends.md
 """
 
 from __future__ import annotations
@@ -66,6 +66,3 @@ def _yes(on: bool) -> str:
 def _link(backend: Backend) -> str:
     return f" ([upstream]({backend.url}))" if backend.url else ""
 
-
-if __name__ == "__main__":
-    print(support_table(), end="")

@@ -266,6 +266,13 @@ FLASH = Backend(
 )
 
 
+def _gpu_probe() -> tuple[Reason, ...]:
+    if torch.cuda.is_available():
+        return ()
+    what = f"torch {torch.__version__} sees no GPU"
+    return (Reason("device", what, "run it on a machine with a GPU, with a torch built for that GPU."),)
+
+
 def _efficient(call: AttentionCall) -> AttentionOutput:
     key, value = adapt.expand_kv(call)
     head_dim_v = value.shape[3]
@@ -321,6 +328,7 @@ EFFICIENT = Backend(
         ),
     ),
     forward=_efficient,
+    probe=_gpu_probe,
     adapters=_fused_mask_adapters,
     summary="aten memory-efficient (cutlass), CUDA",
 )
