@@ -140,6 +140,12 @@ def test_doctor_reports_fakes_and_auto_heeds_it(capsys):
     assert store.verdict("fake_lie", "cpu")["state"] == "wrong" and found["environment"]["torch"]
 
 
+def test_doctor_says_what_is_missing_and_what_to_do(capsys):
+    code, found = run_json(capsys, "doctor", "--device", "cpu", "--no-save", "native", "flash")
+    assert code == 0 and [result["state"] for result in found["checked"]] == ["ok"]
+    assert "->" in found["not_ready"]["flash"] and store.verdicts("cpu") == {}
+
+
 @pytest.mark.parametrize(
     "arguments, text",
     [
@@ -150,6 +156,7 @@ def test_doctor_reports_fakes_and_auto_heeds_it(capsys):
         (["tune"], "say what to measure"),
         (["tune", "--shapes", "absent.json"], "not a list of shapes"),
         (["explain", *TINY, "--backend", "natve"], "Did you mean"),
+        (["doctor", "natve"], "Did you mean"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, text, capsys):

@@ -46,12 +46,18 @@ FORWARDS = {
     "fake_lie": _lies,
     "fake_raise": _raises,
     "fake_right": attention,
+    "fake_dies_at_import": attention,
 }
+
+
+def _exit() -> None:
+    os._exit(9)
 
 
 def backend(name: str) -> Backend:
     """A fake, not registered; it declares what the reference does."""
-    return Backend(name=name, family="fakes", capabilities=(CAPABILITIES,), forward=FORWARDS[name])
+    load = {"load": _exit} if name == "fake_dies_at_import" else {}
+    return Backend(name=name, family="fakes", capabilities=(CAPABILITIES,), forward=FORWARDS[name], **load)
 
 
 def register() -> None:

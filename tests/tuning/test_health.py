@@ -11,16 +11,25 @@ FAKES = ("tests.tuning.registered_fakes",)
 
 
 def test_every_failure_is_reported_and_the_next_backend_still_checked():
-    names = ["fake_crash", "fake_hang", "fake_nan", "fake_right"]
+    names = ["fake_dies_at_import", "flash", "fake_crash", "fake_hang", "fake_nan", "fake_right"]
     seen = []
     found = health.check(
         names, "cpu", timeout_s=10.0, imports=FAKES, progress=lambda result: seen.append(result.backend)
     )
     states = {result.backend: result.state for result in found}
-    assert states == {"fake_crash": "crashed", "fake_hang": "hung", "fake_nan": "wrong", "fake_right": "ok"}
+    assert states == {
+        "fake_dies_at_import": "crashed",
+        "flash": "absent",
+        "fake_crash": "crashed",
+        "fake_hang": "hung",
+        "fake_nan": "wrong",
+        "fake_right": "ok",
+    }
     assert seen == names
     by_name = {result.backend: result.what for result in found}
     assert "plain_fp32: the process ended with code 7" in by_name["fake_crash"]
+    assert "importing it: the process ended with code 9" in by_name["fake_dies_at_import"]
+    assert "->" in by_name["flash"], "it says what to do"
     assert "no answer for 10 s" in by_name["fake_hang"]
     assert found[-1].computed > 10
 

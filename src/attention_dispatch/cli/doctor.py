@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import backend_status, list_backends
+from .. import list_backends
 from ..registry import get
 from ..tuning import environment, health, store
 from . import calls, console
@@ -32,20 +32,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print; 1 if a backend that is ready is not right."""
     device = calls.device_of(options).type
-    ready, absent = [], {}
+    wanted, absent = [], {}
     for name in options.names or list_backends():
-        if name not in list_backends() and options.imports:
+        if name not in list_backends():
+            if not options.imports:
+                get(name)
             # Registered by an import in the child process only.
-            ready.append(name)
+            wanted.append(name)
             continue
-        status = backend_status(name)
-        if not status.available:
-            absent[name] = status.reasons
+        # Asked of metadata: an import may end its process, and is left to the child.
+        reasons = get(name).probe()
+        if reasons:
+            absent[name] = "; ".join(f"{reason.what} -> {reason.fix}" for reason in reasons)
         elif any(device in row.devices for row in get(name).capabilities):
-            ready.append(name)
-    with console.progress("checking", len(ready)) as advance:
+            wanted.append(name)
+    with console.progress("checking", len(wanted)) as advance:
         found = health.check(
-            ready,
+            wanted,
             device,
             quick=not options.full,
             timeout_s=options.timeout,
@@ -54,13 +57,15 @@ def run(options: argparse.Namespace) -> int:
         )
     if not options.no_save:
         health.remember(found, device)
+    absent |= {result.backend: result.what for result in found if result.state == "absent"}
+    found = [result for result in found if result.state != "absent"]
     bad = [result for result in found if result.state != "ok"]
     if options.json:
         data = {
             "environment": environment.manifest(device),
             "device": device,
             "checked": [result._asdict() for result in found],
-            "not_ready": {name: [reason._asdict() for reason in reasons] for name, reasons in absent.items()},
+            "not_ready": absent,
         }
         print(json.dumps(data, indent=2))
         return int(bool(bad))
@@ -68,10 +73,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:20} {value}")
     print()
     rows = [(result.backend, result.state, str(result.computed), str(result.refused), result.what) for result in found]
-    rows += [
-        (name, "not ready", "", "", "; ".join(f"{reason.what} -> {reason.fix}" for reason in reasons))
-        for name, reasons in absent.items()
-    ]
+    rows += [(name, "not ready", "", "", why) for name, why in absent.items()]
     console.table(("backend", "state", "right", "refused", "what"), rows)
     for result in bad:
         print(f"\n{result.backend!r} is {result.state}: reinstall its package for this torch and GPU. auto avoids it.")

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .. import registry
-from ..errors import BackendUnavailableError
 from . import store
 
-STATES = ("ok", "wrong", "crashed", "hung", "failed")
+STATES = ("ok", "absent", "wrong", "crashed", "hung", "failed")
+# After any other, the child may be in no state to judge the next backend.
+_HARMLESS = ("ok", "absent")
 # Inference with each mask kind, causal masking, an LSE, gradients, and views: one case for every promise.
 QUICK = (
     "plain_fp32",
@@ -49,7 +50,7 @@ class Health(NamedTuple):
     """What was found out about one backend.
 
     Attributes:
-        backend: its name. state: ``"ok"``, ``"wrong"`` (deviates from float64 or breaks the contract), ``"crashed"``
+        backend: its name. state: ``"ok"``, ``"absent"`` (cannot be used here), ``"wrong"`` (deviates from float64), ``"crashed"``
             (ended its process), ``"hung"`` or ``"failed"`` (raised).
         what: the case and what happened; empty if ok.
         computed, refused: number of cases.
@@ -71,7 +72,7 @@ def check(
     imports: Sequence[str] = (),
     progress: Callable[[Health], None] = lambda health: None,
 ) -> list[Health]:
-    """Check backends that are ready, in a child process that is replaced after each one that fails.
+    """Import and check backends in a child process that is replaced after each one that fails.
 
     Args:
         names: backends. device: ``"cpu"`` or ``"cuda"``.
@@ -94,7 +95,12 @@ def remember(found: Sequence[Health], device: str) -> None:
     """Keep verdicts in the store, where ``auto`` heeds them."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     store.add(
-        device, verdicts={health.backend: {"state": health.state, "what": health.what, "date": now} for health in found}
+        device,
+        verdicts={
+            health.backend: {"state": health.state, "what": health.what, "date": now}
+            for health in found
+            if health.state != "absent"
+        },
     )
 
 
@@ -106,7 +112,9 @@ def _run_child(
     command += [f"--import={module}" for module in imports]
     # The child must see what this process could import, and no wish of the environment.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-    environment.pop("ATTENTION_DISPATCH_BACKEND", None)
+    for name in ("BACKEND", "CHECKS"):
+        environment.pop(f"ATTENTION_DISPATCH_{name}", None)
+        environment.pop(f"DIFFUSERS_ATTN_{name}", None)
     child = subprocess.Popen(
         [*command, *names], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, errors="replace"
     )
@@ -141,7 +149,7 @@ def _run_child(
             health = Health(**event)
             waiting.remove(health.backend)
             yield health
-            if health.state != "ok":
+            if health.state not in _HARMLESS:
                 return
             if waiting:
                 current, case = waiting[0], ""
@@ -176,6 +184,9 @@ def _tell(event: dict[str, Any]) -> None:
 def _check_one(name: str, device: str, quick: bool) -> Health:
     from ..testing import ConformanceError, check_conformance, conformance_cases
 
+    status = registry.status(name)
+    if not status.available:
+        return Health(name, "absent", "; ".join(f"{reason.what} -> {reason.fix}" for reason in status.reasons))
     counts = {"computed": 0, "refused": 0}
     for case in conformance_cases(device):
         if quick and case.name not in QUICK:
@@ -185,8 +196,6 @@ def _check_one(name: str, device: str, quick: bool) -> Health:
             counts[check_conformance(name, case, device).status] += 1
         except ConformanceError as error:
             return Health(name, "wrong", f"{case.name}: {error}", **counts)
-        except BackendUnavailableError as error:
-            return Health(name, "failed", str(error), **counts)
         except Exception as error:  # whatever a vendor's kernel raises is the finding
             return Health(name, "failed", f"{case.name}: {type(error).__name__}: {error}", **counts)
     return Health(name, "ok", "", **counts)
@@ -206,8 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         registry.get(name)
         health = _check_one(name, options.device, options.cases == "quick")
         _tell(health._asdict())
-        if health.state != "ok":
-            # A failed kernel may have left the device broken for the next one.
+        if health.state not in _HARMLESS:
             return
 
 
