@@ -14,6 +14,14 @@ from attention_dispatch.request import current, forget_environment
 _SDPA = F.scaled_dot_product_attention
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a developer has tuned must not choose for the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTENTION_DISPATCH_CACHE", str(tmp_path_factory.mktemp("store")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_setting_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts without any setting, and must leave none behind."""
