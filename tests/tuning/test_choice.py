@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -164,17 +163,25 @@ def test_unsaved_tuning_writes_nothing(tensors, own_store):
     assert not own_store.exists() and len(store.entries("cpu")) == 1
 
 
-def test_measure_ranks_by_time_and_leaves_the_hopeless_early():
-    data = torch.randn(64, 64)
-    counts = {"slow": 0}
+def test_measure_ranks_by_time_and_leaves_the_hopeless_early(monkeypatch):
+    """On a clock that only the measured functions move, so that a busy machine changes nothing."""
+    clock = [0.0]
+    monkeypatch.setattr("attention_dispatch.tuning.measure.time.perf_counter", lambda: clock[0])
+    counts = {"fast": 0, "close": 0, "slow": 0}
 
-    def slow():
-        counts["slow"] += 1
-        time.sleep(0.01)
+    def taking(name, seconds):
+        def run():
+            counts[name] += 1
+            clock[0] += seconds
 
-    found = measure({"fast": lambda: data @ data, "slow": slow}, torch.device("cpu"), 0.02)
-    assert found["fast"].median_us < found["slow"].median_us
-    assert counts["slow"] == 2 and found["fast"].samples >= 5
+        return run
+
+    ways = {"fast": taking("fast", 1e-3), "close": taking("close", 2e-3), "slow": taking("slow", 10e-3)}
+    found = measure(ways, torch.device("cpu"), 0.02)
+    assert [round(found[name].median_us) for name in ways] == [1000, 2000, 10000]
+    # Ten times the best is timed at the first look only; twice the best is not given up.
+    assert counts["slow"] == 2
+    assert min(found["fast"].samples, found["close"].samples) >= 5
 
 
 def test_the_bucket_separates_what_the_orders_separate():
