@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_unsaved_tuning_writes_nothing(tensors, own_store):
 def test_measure_ranks_by_time_and_leaves_the_hopeless_early(monkeypatch):
     """On a clock that only the measured functions move, so that a busy machine changes nothing."""
     clock = [0.0]
-    monkeypatch.setattr("attention_dispatch.tuning.measure.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(sys.modules[measure.__module__], "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     counts = {"fast": 0, "close": 0, "slow": 0}
 
     def taking(name, seconds):
