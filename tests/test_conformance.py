@@ -69,6 +69,7 @@ def test_exact_or_refused_as_declared_on_a_gpu(name, cuda):
             outcomes[case.name] = check_conformance(name, case, cuda)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             failures[case.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            print(f"\n{case.name}: {failures[case.name]}", flush=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     report = "\n".join(f"{case}: {error}" for case, error in failures.items())

@@ -7,6 +7,7 @@ https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_pr
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from ..errors import Reason
 from ..registry import Backend
 
 _HALF = (torch.bfloat16, torch.float16)
+_EFFICIENT_DTYPES = (torch.float32, *_HALF)
 _TENSOR_MASKS = frozenset({"key_padding", "bool", "bias"})
 
 # Bound once: the attribute of torch.nn.functional may be replaced while unmodified models are routed.
@@ -68,6 +70,10 @@ def _sdpa_mask_and_causal(call: AttentionCall) -> tuple[Tensor | None, bool]:
 
 def _native(call: AttentionCall) -> AttentionOutput:
     mask, is_causal = _sdpa_mask_and_causal(call)
+    if mask is not None and mask.requires_grad and call.query.dtype in _EFFICIENT_DTYPES and _only_mask_grad(call):
+        # SDPA asks whether q, k or v need gradients, and keeps no LSE for the backward pass of the mask alone: "LSE is
+        # not correctly aligned" (H100, torch 2.11.0+cu130, 2026-11-25).
+        return _efficient(call)
     out = _sdpa(
         call.query.transpose(1, 2),
         call.key.transpose(1, 2),
@@ -79,6 +85,14 @@ def _native(call: AttentionCall) -> AttentionOutput:
         enable_gqa=call.enable_gqa,
     )
     return AttentionOutput(out.transpose(1, 2))
+
+
+def _only_mask_grad(call: AttentionCall) -> bool:
+    return (
+        call.query.device.type == "cuda"
+        and torch.is_grad_enabled()
+        and not (call.query.requires_grad or call.key.requires_grad or call.value.requires_grad)
+    )
 
 
 def _native_adapters(spec: CallSpec) -> tuple[str, ...]:
@@ -150,18 +164,26 @@ def _math(call: AttentionCall) -> AttentionOutput:
     if mask is not None:
         # The operator itself would add a bool mask as 0 and 1.
         mask = adapt.as_additive(mask, call.query.dtype)
-    out, _weights = torch.ops.aten._scaled_dot_product_attention_math(
-        call.query.transpose(1, 2),
-        call.key.transpose(1, 2),
-        call.value.transpose(1, 2),
-        mask,
-        call.dropout_p,
-        is_causal,
-        None,
-        scale=call.scale,
-        enable_gqa=call.enable_gqa,
-    )
+    # The operator is made of others, which autocast would cast once more: its softmax then gives a gradient of the
+    # wrong dtype (H100, torch 2.11.0+cu130, 2026-11-25).
+    device = call.query.device.type
+    with torch.autocast(device, enabled=False) if _autocasts(device) else contextlib.nullcontext():
+        out, _weights = torch.ops.aten._scaled_dot_product_attention_math(
+            call.query.transpose(1, 2),
+            call.key.transpose(1, 2),
+            call.value.transpose(1, 2),
+            mask,
+            call.dropout_p,
+            is_causal,
+            None,
+            scale=call.scale,
+            enable_gqa=call.enable_gqa,
+        )
     return AttentionOutput(out.transpose(1, 2))
+
+
+def _autocasts(device: str) -> bool:
+    return torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
 
 
 MATH = Backend(
@@ -313,7 +335,7 @@ EFFICIENT = Backend(
     capabilities=(
         Capabilities(
             devices=("cuda",),
-            dtypes=(torch.float32, *_HALF),
+            dtypes=_EFFICIENT_DTYPES,
             min_sm=50,
             head_dim_v=True,
             masks=_TENSOR_MASKS,
@@ -337,6 +359,13 @@ EFFICIENT = Backend(
 def _cudnn(call: AttentionCall) -> AttentionOutput:
     if call.is_causal and call.mask is None and call.window_size == FULL_WINDOW:
         call = adapt.top_left_by_slicing(call)
+    needs_grad = torch.is_grad_enabled() and (
+        call.query.requires_grad or call.key.requires_grad or call.value.requires_grad
+    )
+    rows = call.query.shape[1]
+    if needs_grad and rows == 1 and call.key.shape[1] == 1:
+        # cuDNN has no backward pass for one query and one key: the query is sent twice, and one result dropped.
+        call = call.replaced(query=call.query.repeat(1, 2, 1, 1), is_causal=False, window_size=FULL_WINDOW)
     mask, is_causal = _mask_and_causal(call)
     batch, q_len, heads, _head_dim = call.query.shape
     bias = None
@@ -344,17 +373,14 @@ def _cudnn(call: AttentionCall) -> AttentionOutput:
         bias = adapt.aligned_bias(mask, (batch, heads, q_len, call.key.shape[1]), call.query.dtype)
     head_dim_v = call.value.shape[3]
     query, key, value = (adapt.pad_head_dim(tensor, 8).transpose(1, 2) for tensor in (call.query, call.key, call.value))
-    needs_lse = call.return_lse or (
-        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    )
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, bias, needs_lse, call.dropout_p, is_causal, False, scale=call.scale
+        query, key, value, bias, call.return_lse or needs_grad, call.dropout_p, is_causal, False, scale=call.scale
     )
-    out = out[..., :head_dim_v].transpose(1, 2)
+    out = out[..., :rows, :head_dim_v].transpose(1, 2)
     if not call.return_lse:
         return AttentionOutput(out)
     lse = lse.squeeze(-1) if lse.ndim == 4 else lse
-    return AttentionOutput(out, lse.detach())
+    return AttentionOutput(out, lse[..., :rows].detach())
 
 
 def _cudnn_probe() -> tuple[Reason, ...]:
