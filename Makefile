@@ -21,8 +21,8 @@ demo: .venv/ready  ## sample digits from a diffusion transformer on every backen
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/ready  ## run all tests (pytest -m gpu runs those that need a GPU)
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 check: .venv/ready  ## lint and types
 	$(BIN)/ruff check .
