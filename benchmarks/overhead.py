@@ -63,6 +63,8 @@ def calls(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[s
         "raw torch": raw,
         "no setting": lambda: ad.dispatch_attention_fn(query, key, value),
         "backend=": lambda: ad.dispatch_attention_fn(query, key, value, backend="native"),
+        "auto": lambda: ad.dispatch_attention_fn(query, key, value, backend="auto"),
+        "permission": lambda: ad.dispatch_attention_fn(query, key, value, backend=("_flash_3", "native")),
         "model setting": lambda: ad.dispatch_attention_fn(query, key, value, backend=processor._attention_backend),
         "scope entered": scope,
         "scope and call": scope_and_call,
@@ -113,6 +115,7 @@ def ratios(costs: dict[str, float]) -> dict[str, float]:
     pairs = {
         "no setting": "diffusers, no setting",
         "backend=": "diffusers, backend=",
+        "auto": "diffusers, backend=",
         "model setting": "diffusers, backend=",
         "scope entered": "diffusers, scope entered",
         "scope and call": "diffusers, scope and call",

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import registry, settings
+from .bound import Run, short_way
 from .call import STANDARD_KWARGS, AttentionCall, AttentionOutput, CallSpec, canonicalise, spec_of
 from .decision import Decision, decide
 from .errors import InvalidCallError
 from .request import Request, current, environment, parsed
 from .resolve import plan_for
+from .tuning import store
 
 # Calls seen before, by everything that is cheap to read from them: the function that runs them. Bounded, because
 # lengths are part of the key; a miss costs a few microseconds, not a decision.
-_bound: dict[Any, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+_bound: dict[Any, Run] = {}
 _MAX_BOUND = 4096
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 registry._on_change.append(_bound.clear)
 settings._on_change.append(_bound.clear)
+store.on_change.append(_bound.clear)
 
 
 def dispatch_attention_fn(
@@ -228,6 +231,7 @@ def _dispatch(
     if call.key.shape[1] == 0 or call.query.numel() == 0:
         output = _without_keys(call)
     else:
+        began = store.generation()
         plan = plan_for(request, spec, call)
         output = plan.backend.forward(call)
         if checks == "numerics":
@@ -236,16 +240,24 @@ def _dispatch(
             shadow_check(call, spec, plan, output)
         if current.state.observer is not None:
             output = current.state.observer(call, spec, request, plan, output)
-        elif attn_mask is None and attention_kwargs is None and not checks and plan.backend.bind is not None:
-            run = plan.backend.bind(call)
-            if run is not None and request.mode == "demand" and call.query is query:
-                if len(_bound) >= _MAX_BOUND:
-                    _bound.clear()
-                _bound[
-                    query.shape, key.shape, value.shape, query.dtype, query.device,
-                    dropout_p, is_causal, scale, enable_gqa, backend, current.fields["effective"],
-                ] = run  # fmt: skip
+        elif attn_mask is None and attention_kwargs is None and not checks and _repeats(call, query, backend):
+            bound = (
+                query.shape, key.shape, value.shape, query.dtype, query.device,
+                dropout_p, is_causal, scale, enable_gqa, backend, current.fields["effective"],
+            )  # fmt: skip
+            run = short_way(plan, request, call, spec, _bound.get(bound))
+            if len(_bound) >= _MAX_BOUND:
+                _bound.clear()
+            _bound[bound] = run
+            if store.generation() != began:
+                # Another thread changed what choices rest on after this one was made.
+                _bound.pop(bound, None)
     return (output.out, output.lse) if call.return_lse else output.out
+
+
+def _repeats(call: AttentionCall, query: Tensor, backend: Any) -> bool:
+    """Whether the next call like this one can be known by its arguments: nothing was cast, and all can be a key."""
+    return call.query is query and isinstance(backend, Hashable)
 
 
 _forwards: dict[str, Callable[[AttentionCall], AttentionOutput]] = {}

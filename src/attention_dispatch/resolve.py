@@ -64,9 +64,13 @@ def plan_for(request: Request, spec: CallSpec, call: AttentionCall | None = None
     key = (request, spec, preference.bucket(lengths))
     plan = _plans.get(key)
     if plan is None:
+        began = store.generation()
         plan = _resolve(request, spec, call, lengths)
         with _lock:
             _plans[key] = plan
+        if store.generation() != began:
+            # Another thread changed what the plan rests on after it was made.
+            _plans.pop(key, None)
         if call is not None:
             _warn_of_math(plan, spec, call)
     return plan

@@ -45,6 +45,7 @@ class Extent(NamedTuple):
 on_change: list[Callable[[], None]] = []
 
 _lock = threading.RLock()
+_generation = 0
 _loaded: dict[str, dict[str, Any]] = {}
 _warned: set[str] = set()
 
@@ -212,7 +213,19 @@ def reload() -> None:
     _notify()
 
 
+def generation() -> int:
+    """A number that grows with every change of choices or verdicts.
+
+    A decision is made from what was stored when it began. Whoever remembers one looks at this number before and after,
+    and forgets again what another thread's change has overtaken.
+    """
+    return _generation
+
+
 def _notify() -> None:
+    global _generation
+    with _lock:
+        _generation += 1
     for notify in on_change:
         notify()
 
