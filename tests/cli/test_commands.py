@@ -92,6 +92,15 @@ def test_bench_gives_no_speed_for_a_wrong_result(name, registered, capsys):
     assert wrong["us"] > 0
 
 
+def test_bench_gives_no_speed_for_wrong_gradients(registered, capsys):
+    registered(backend("fake_gradient"))
+    arguments = ["bench", *TINY, *QUICKLY, "--no-checks", "--grad", "--backends", "native,fake_gradient"]
+    code, found = run_json(capsys, *arguments)
+    states = {row["backend"]: row for row in found["rows"]}
+    assert code == 1 and states["fake_gradient"]["state"] == "wrong" and states["fake_gradient"]["speedup"] is None
+    assert "gradient of key" in states["fake_gradient"]["what"] and states["native"]["gradient_l2"] < 1e-5
+
+
 def test_bench_says_why_a_backend_did_not_run(registered, capsys):
     registered(backend("fake_raise"))
     code, found = run_json(capsys, "bench", *TINY, *QUICKLY, "--no-checks", "--backends", "native,flash,fake_raise")

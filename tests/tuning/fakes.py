@@ -35,6 +35,11 @@ def _lies(call: AttentionCall) -> AttentionOutput:
     return AttentionOutput(out, lse if call.return_lse else None)
 
 
+def _right_with_wrong_gradients(call: AttentionCall) -> AttentionOutput:
+    """The gradient of the key is twice what it should be."""
+    return attention(call.replaced(key=2 * call.key - call.key.detach()))
+
+
 def _raises(call: AttentionCall) -> AttentionOutput:
     raise RuntimeError("no kernel image is available")
 
@@ -46,6 +51,7 @@ FORWARDS = {
     "fake_lie": _lies,
     "fake_raise": _raises,
     "fake_right": attention,
+    "fake_gradient": _right_with_wrong_gradients,
     "fake_dies_at_import": attention,
 }
 

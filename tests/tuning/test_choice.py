@@ -74,6 +74,17 @@ def test_a_wrong_candidate_is_rejected_by_name_however_fast(name, why, tensors, 
     assert found.exact == "native" and name in found.rejected and name not in found.times
 
 
+def test_a_candidate_with_wrong_gradients_is_rejected_for_training_only(tensors, registered):
+    registered(backend("fake_gradient"))
+    fast = timer(fake_gradient=0.001)
+    call, spec = call_and_spec(tensors)
+    assert measure_call(call, spec, timer=fast).exact == "fake_gradient"
+    call, spec = call_and_spec([tensor.requires_grad_() for tensor in tensors])
+    with pytest.warns(UserWarning, match="'fake_gradient' is not considered.*gradient of key"):
+        found = measure_call(call, spec, timer=fast)
+    assert found.exact == "native" and "gradient of key" in found.rejected["fake_gradient"]
+
+
 def test_auto_never_takes_an_8_bit_backend_and_auto_quantized_does(tensors, registered):
     right = backend("fake_right")
     rows = tuple(replace(row, quantised=True) for row in right.capabilities)

@@ -19,7 +19,9 @@ EXAMPLES = """\
   attention-dispatch bench --seq 4096 --heads 24 --head-dim 128 --causal --backends native,triton_flash
   attention-dispatch bench --model tiny --device cpu --baseline earlier.json"""
 
-_HEADER = ("backend", "ms", "TFLOP/s", "x native", "rel. L2", "max error", "peak MB", "first s", "lse", "grad", "state")
+_HEADER = (
+    "backend", "ms", "TFLOP/s", "x native", "rel. L2", "max error", "grad. L2", "peak MB", "first s", "lse", "grad", "state"
+)  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +107,7 @@ def _cells(row: Row, earlier: dict[tuple[str, str], float]) -> tuple[str, ...]:
         number(row.speedup, ".2f"),
         number(row.relative_l2, ".2g"),
         number(row.largest, ".2g"),
+        number(row.gradient_l2, ".2g"),
         number(row.peak_bytes, ".1f", 1e-6),
         number(row.first_call_s, ".3g"),
         row.lse,

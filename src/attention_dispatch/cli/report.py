@@ -29,6 +29,7 @@ _COLUMNS: tuple[tuple[str, str, str, float], ...] = (
     ("× native", "speedup", ".2f", 1.0),
     ("rel. L2", "relative_l2", ".2g", 1.0),
     ("max error", "largest", ".2g", 1.0),
+    ("grad. L2", "gradient_l2", ".2g", 1.0),
     ("peak MB", "peak_bytes", ".1f", 1e-6),
     ("first call s", "first_call_s", ".3g", 1.0),
 )
@@ -47,7 +48,7 @@ def check_formats(files: Sequence[Path]) -> None:
             try:
                 import matplotlib  # noqa: F401
             except ImportError as error:
-                raise ValueError(f"{file} needs matplotlib: pip install 'attention-dispatch[bench]'.") from error
+                raise ValueError(f"{file} needs matplotlib: pip install 'attention-dispatch[cli]'.") from error
 
 
 def write(file: Path, data: Data) -> None:

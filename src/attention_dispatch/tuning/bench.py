@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import registry
-from ..call import AttentionCall, spec_of
+from ..call import AttentionCall, CallSpec, spec_of
 from ..errors import AttentionDispatchError
 from ..resolve import verdict_on
 from . import exactness, shapes
-from .candidates import candidates, runner
+from .candidates import candidates, gradients, runner
 from .measure import measure, synchronise
 from .shapes import Shape
 
@@ -27,7 +27,8 @@ class Row(NamedTuple):
         shape, backend: which. state: ``"ok"``, ``"wrong"``, ``"failed"`` or ``"refused"``; ``what`` says why not.
         us: median microseconds. tflops: by the operations of exact attention.
         speedup: time of ``native`` over this time; None for a wrong result.
-        relative_l2, largest: error against float64 on sampled rows.
+        relative_l2, largest: error of the output against float64 on sampled rows. gradient_l2: the largest of the
+            gradients, where the call needs them.
         peak_bytes: memory beyond the inputs, CUDA only. first_call_s: with imports and compilation.
         lse, grad: whether a small call with it is right: ``"ok"``, ``"no"`` (refused) or ``"wrong"``.
     """
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     speedup: float | None = None
     relative_l2: float | None = None
     largest: float | None = None
+    gradient_l2: float | None = None
     peak_bytes: int | None = None
     first_call_s: float | None = None
     lse: str = ""
@@ -72,12 +74,15 @@ def bench(
     backends = candidates(spec, quantised, names)
     rows = [_refused(shape, name, spec) for name in names or () if name not in {b.name for b in backends}]
     exact = exactness.sample(call)
+    slopes = exactness.sample_gradients(call) if spec.grad else None
     measured: dict[str, Row] = {}
     ways: dict[str, Callable[[], Any]] = {}
     for backend in backends:
         progress(backend.name)
         run = runner(backend, call, spec)
         row = _first_run(shape, backend, run, call, exact, spec)
+        if slopes is not None and row.state == "ok":
+            row = _check_gradients(row, backend, call, slopes, spec)
         measured[backend.name] = row
         if row.state != "failed":
             ways[backend.name] = run
@@ -123,6 +128,19 @@ def _first_run(shape: Shape, backend: Any, run: Callable[[], Any], call: Attenti
     wrong = exactness.problem(backend, spec, found)
     return row._replace(
         state="wrong" if wrong else "ok", what=wrong or "", relative_l2=found.relative_l2, largest=found.largest
+    )
+
+
+def _check_gradients(
+    row: Row, backend: Any, call: AttentionCall, slopes: exactness.GradientSample, spec: CallSpec
+) -> Row:
+    try:
+        errors = exactness.gradient_errors(gradients(backend, call, slopes.grad_out), slopes)
+    except Exception as error:  # whatever a kernel raises is its row
+        return row._replace(state="failed", what=f"backward: {type(error).__name__}: {error}")
+    wrong = exactness.gradient_problem(backend, spec, errors)
+    return row._replace(
+        state="wrong" if wrong else "ok", what=wrong or "", gradient_l2=max(e.relative_l2 for e in errors.values())
     )
 
 

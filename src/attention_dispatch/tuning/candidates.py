@@ -53,9 +53,7 @@ def runner(backend: Backend, call: AttentionCall, spec: CallSpec) -> Callable[[]
 
         return forward
     detached = _detached(call)
-    leaves = [tensor for tensor in (detached.query, detached.key, detached.value) if tensor.requires_grad]
-    if detached.mask is not None and detached.mask.tensor is not None and detached.mask.tensor.requires_grad:
-        leaves.append(detached.mask.tensor)
+    leaves = list(_leaves(detached).values())
     grad_out: list[Tensor] = []
 
     def forward_and_backward() -> AttentionOutput:
@@ -67,6 +65,22 @@ def runner(backend: Backend, call: AttentionCall, spec: CallSpec) -> Callable[[]
         return AttentionOutput(output.out.detach(), output.lse)
 
     return forward_and_backward
+
+
+def gradients(backend: Backend, call: AttentionCall, grad_out: Tensor) -> dict[str, Tensor]:
+    """Gradients of a call by name (``query``, ``key``, ``value``, ``mask``), of what needs them."""
+    detached = _detached(call)
+    leaves = _leaves(detached)
+    with torch.enable_grad():
+        out = backend.forward(detached).out
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_out)))
+
+
+def _leaves(call: AttentionCall) -> dict[str, Tensor]:
+    named = {"query": call.query, "key": call.key, "value": call.value}
+    if call.mask is not None and call.mask.tensor is not None:
+        named["mask"] = call.mask.tensor
+    return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
 
 def _detached(call: AttentionCall) -> AttentionCall:

@@ -15,7 +15,7 @@ from ..registry import Backend
 from ..request import current
 from ..resolve import extent_of
 from . import exactness, store
-from .candidates import candidates, runner
+from .candidates import candidates, gradients, runner
 from .measure import Timing, measure
 
 # A newcomer must win by this much before it replaces the static choice: below lies what timings differ by anyway.
@@ -28,8 +28,8 @@ class Measurement(NamedTuple):
     Attributes:
         call: in words. key: in the store. exact: the choice for ``auto``. quantised: for ``auto_quantized``, None if no
             8-bit backend was measured. static: what the static order would have taken.
-        times: by backend. errors: relative L2 by backend, where there is an exact result. rejected: backends whose
-            result deviates or that failed, and why.
+        times: by backend. errors: relative L2 by backend, the largest of output and gradients, where there is an exact
+            result. rejected: backends whose result deviates or that failed, and why.
     """
 
     call: str
@@ -63,16 +63,18 @@ def measure_call(
 ) -> Measurement | None:
     """Measure the candidates for one call on its own tensors; None where fewer than one gives a right result.
 
-    Warns of each candidate whose result deviates from float64 by more than its tolerance.
+    Where the call needs gradients, forward and backward are timed together. Warns of each candidate whose output or
+    gradients deviate from float64 by more than its tolerance.
     """
     backends = candidates(spec, quantised, names)
     exact = exactness.sample(call)
+    slopes = exactness.sample_gradients(call) if spec.grad else None
     ways: dict[str, Callable[[], AttentionOutput]] = {}
     errors: dict[str, float] = {}
     rejected: dict[str, str] = {}
     for backend in backends:
         run = runner(backend, call, spec)
-        why = _failure(backend, spec, run, exact, errors)
+        why = _failure(backend, call, spec, run, exact, slopes, errors)
         if why is None:
             ways[backend.name] = run
         else:
@@ -103,22 +105,30 @@ def fastest(times: dict[str, Timing], incumbent: str, margin: float) -> str:
 
 def _failure(
     backend: Backend,
+    call: AttentionCall,
     spec: CallSpec,
     run: Callable[[], AttentionOutput],
     exact: exactness.Sample | None,
+    slopes: exactness.GradientSample | None,
     errors: dict[str, float],
 ) -> str | None:
-    """Why a candidate is out; also its first run, so that compilation is not timed."""
+    """Why a candidate is out; also its first runs, so that compilation is not timed."""
     try:
         out = run().out
+        found = None if slopes is None else gradients(backend, call, slopes.grad_out)
         run()
     except Exception as error:  # whatever a kernel raises on a call it declared to serve rules it out
         return f"it raised {type(error).__name__}: {error}"
     if exact is None:
         return None if spec.dropout or bool(out.isfinite().all()) else "its output is not finite"
-    found = exactness.error_of(out, exact)
-    errors[backend.name] = found.relative_l2
-    return exactness.problem(backend, spec, found)
+    of_output = exactness.error_of(out, exact)
+    errors[backend.name] = of_output.relative_l2
+    why = exactness.problem(backend, spec, of_output)
+    if why is None and slopes is not None and found is not None:
+        by_name = exactness.gradient_errors(found, slopes)
+        errors[backend.name] = max(of_output.relative_l2, *(item.relative_l2 for item in by_name.values()))
+        why = exactness.gradient_problem(backend, spec, by_name)
+    return why
 
 
 def as_entry(found: Measurement, spec: CallSpec, quantised_names: Sequence[str]) -> dict[str, Any]:
