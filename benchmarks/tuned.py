@@ -4,7 +4,8 @@
 
 For every call of the model: tune, then time ``dispatch_attention_fn(backend="auto")`` in turns with every candidate called
 directly. On CUDA also capture both the chosen backend and the dispatched call in a graph and time the replays. Tuning goes
-to a store of its own. Exit code 1 if ``auto`` is more than 2 % slower than the best single backend on any call.
+to a store of its own; the file is written after every call. Exit code 1 if ``auto`` is more than 2 % slower than the best
+single backend on any call.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def measure_shape(shape: shapes.Shape, device: torch.device, skip: set[str], bud
         "best_us": timings[best].median_us,
         "auto_over_best": timings["auto"].median_us / timings[best].median_us,
         "tuned_us": {name: timing.median_us for name, timing in found.times.items()},
+        "errors": found.errors,
+        "rejected": found.rejected,
     }
     if device.type == "cuda":
         replays = measure({"direct": captured(ways[found.exact]), "dispatched": captured(auto)}, device, budget_s)
@@ -77,7 +80,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    rows = []
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["ATTENTION_DISPATCH_CACHE"] = folder
         for shape in shapes.of_model(options.model).shapes:
@@ -87,9 +91,9 @@ def main() -> int:
             if "graph_direct_us" in row:
                 text += f"  graph: direct {row['graph_direct_us']:.1f}, dispatched {row['graph_dispatched_us']:.1f} us"
             print(text, flush=True)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    if options.json is not None:
-        options.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "results": rows}, indent=1))
+            if options.json is not None:
+                found = {"device": name, "torch": torch.__version__, "results": rows}
+                options.json.write_text(json.dumps(found, indent=1))
     worst = max(row["auto_over_best"] for row in rows)
     print(f"{name}, torch {torch.__version__}: auto over best at worst {worst:.3f}, allowed {1 + TOLERANCE}")
     return int(worst > 1 + TOLERANCE)

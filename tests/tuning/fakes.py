@@ -40,6 +40,13 @@ def _right_with_wrong_gradients(call: AttentionCall) -> AttentionOutput:
     return attention(call.replaced(key=2 * call.key - call.key.detach()))
 
 
+def _corrupts(call: AttentionCall) -> AttentionOutput:
+    """On CUDA, a failed assertion on the device, after which its process can compute nothing more."""
+    index = torch.full((1,), 5, device=call.query.device)
+    torch.zeros(2, device=call.query.device)[index]
+    return attention(call)
+
+
 def _raises(call: AttentionCall) -> AttentionOutput:
     raise RuntimeError("no kernel image is available")
 
@@ -50,6 +57,7 @@ FORWARDS = {
     "fake_nan": _returns_nan,
     "fake_lie": _lies,
     "fake_raise": _raises,
+    "fake_corrupt": _corrupts,
     "fake_right": attention,
     "fake_gradient": _right_with_wrong_gradients,
     "fake_dies_at_import": attention,

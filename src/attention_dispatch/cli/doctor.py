@@ -47,16 +47,21 @@ def run(options: argparse.Namespace) -> int:
         elif any(device in row.devices for row in get(name).capabilities):
             wanted.append(name)
     with console.progress("checking", len(wanted)) as advance:
+
+        def checked(result: health.Health) -> None:
+            # At once, so that whoever stops this command keeps what was found.
+            if not options.no_save:
+                health.remember([result], device)
+            advance(result.backend)
+
         found = health.check(
             wanted,
             device,
             quick=not options.full,
             timeout_s=options.timeout,
             imports=options.imports,
-            progress=lambda result: advance(result.backend),
+            progress=checked,
         )
-    if not options.no_save:
-        health.remember(found, device)
     absent |= {result.backend: result.what for result in found if result.state == "absent"}
     found = [result for result in found if result.state != "absent"]
     bad = [result for result in found if result.state != "ok"]
