@@ -7,9 +7,11 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 
-from attention_dispatch import dispatch_attention_fn, explain
+from attention_dispatch import BackendRejectedError, dispatch_attention_fn, explain, masks
 from attention_dispatch.backends import flex
 from attention_dispatch.testing import attend
 
@@ -65,6 +67,89 @@ def test_a_mask_is_freed_with_its_last_user(shape, dtype):
     del mask
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["padding", "bias"])
+def test_what_inference_mode_prepared_of_a_mask_serves_training(name, kind):
+    """A tensor made in inference mode cannot be saved for a backward pass, and what is remembered may be one."""
+    mask = torch.rand(2, 1, 1, 24, generator=torch.Generator().manual_seed(1))
+    mask = mask < 0.8 if kind == "padding" else mask
+    with torch.inference_mode():
+        dispatch_attention_fn(*tensors(), mask, is_causal=True, backend=name)
+        dispatch_attention_fn(*tensors(), mask, backend=name)
+    leaves = [tensor.requires_grad_() for tensor in tensors()]
+    for is_causal in (True, False):
+        try:
+            out = dispatch_attention_fn(*leaves, mask, is_causal=is_causal, backend=name)
+        except BackendRejectedError as error:
+            assert (name, error.codes) == ("flex", ("gradients",))
+            continue
+        found = torch.autograd.grad(out.sum(), leaves)
+        wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        given = {"keep": mask} if kind == "padding" else {"bias": mask.double()}
+        expected = torch.autograd.grad(attend(*wide, is_causal=is_causal, **given)[0].sum(), wide)
+        for gradient, wanted in zip(found, expected):
+            assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "flex"])
+@pytest.mark.parametrize("tracer", ["jit", "make_fx"])
+def test_a_trace_reads_the_mask_it_is_given_not_the_one_it_was_made_with(name, tracer):
+    query, key, value = tensors()
+    traced_with = torch.ones(1, 1, 1, 24, dtype=torch.bool).expand(2, 1, 1, 24)
+    mask = torch.rand(2, 1, 1, 24, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[..., 0] = True
+
+    def call(query, key, value, mask):
+        return dispatch_attention_fn(query, key, value, mask, is_causal=True, backend=name)
+
+    call(query, key, value, traced_with)
+    if tracer == "jit":
+        traced = torch.jit.trace(call, (query, key, value, traced_with), check_trace=False)
+    else:
+        traced = make_fx(call)(query, key, value, traced_with)
+    out = traced(query, key, value, mask)
+    assert_close(out, attend(query.double(), key.double(), value.double(), keep=mask, is_causal=True)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_tensors_take_masks_and_leave_nothing_behind(name):
+    query, key, value = tensors(26)
+    with FakeTensorMode():
+        fake = torch.empty(2, 26, 4, 16)
+        for mask in (None, torch.empty(2, 1, 1, 26, dtype=torch.bool), torch.empty(2, 1, 26, 26)):
+            out = dispatch_attention_fn(fake, fake, fake, mask, is_causal=True, backend=name)
+            assert isinstance(out, FakeTensor) and out.shape == fake.shape
+    out = dispatch_attention_fn(query, key, value, is_causal=True, backend=name)
+    assert_close(out, attend(query.double(), key.double(), value.double(), is_causal=True)[0])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "flex"])
+@pytest.mark.parametrize("kind", ["padding", "bias"])
+def test_vmap_over_masks(name, kind):
+    stacked = [torch.stack([tensor, -tensor]) for tensor in tensors()]
+    given = torch.rand(2, 2, 1, 1, 24, generator=torch.Generator().manual_seed(1))
+    given = given < 0.8 if kind == "padding" else given
+    out = torch.vmap(lambda q, k, v, mask: dispatch_attention_fn(q, k, v, mask, is_causal=True, backend=name))(
+        *stacked, given
+    )
+    for sample in range(2):
+        wide = [tensor[sample].double() for tensor in stacked]
+        hides = {"keep": given[sample]} if kind == "padding" else {"bias": given[sample].double()}
+        assert_close(out[sample], attend(*wide, is_causal=True, **hides)[0])
+
+
+def test_nothing_is_remembered_while_a_cuda_graph_records(monkeypatch):
+    """A replay must compute what depends on the mask again; a result from before would be that of the first mask."""
+    built = []
+    mask = torch.ones(2, 8)
+    for _ in range(2):
+        masks.derived(mask, "key", lambda: built.append(mask))
+    assert len(built) == 1
+    monkeypatch.setattr(masks, "records_graph", lambda device: True)
+    masks.derived(mask, "key", lambda: built.append(mask))
+    assert len(built) == 2
 
 
 def test_flex_builds_one_block_mask_per_mask_object(monkeypatch):

@@ -108,7 +108,7 @@ def as_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask.to(dtype)
 
     def build() -> Tensor:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), float("-inf"))
 
     return derived(mask, ("additive", dtype), build)
 

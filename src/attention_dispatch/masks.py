@@ -50,6 +50,7 @@ def normalise(attn_mask: Any, batch: int, heads: int, q_len: int, k_len: int, de
             f"attn_mask must be a tensor or a BlockMask, got {type(attn_mask).__name__}. Pass a bool tensor (True = "
             f"attend) or an additive float tensor."
         )
+    check_dense("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise InvalidCallError(
             f"attn_mask has dtype {attn_mask.dtype}, which could mean either kind of mask. Pass attn_mask.bool() "
@@ -60,7 +61,8 @@ def normalise(attn_mask: Any, batch: int, heads: int, q_len: int, k_len: int, de
             f"attn_mask is on {attn_mask.device} but query is on {device}. Move it: mask.to(query.device)."
         )
     mask = _to_four_dims(attn_mask, batch, heads, q_len, k_len)
-    if not torch.compiler.is_compiling():
+    if runs_now(mask):
+        # In a trace or a graph, the next mask of this shape may be neither expanded nor trivial.
         mask = _drop_expanded_dims(mask)
         if (
             mask.device.type == "cpu"
@@ -73,6 +75,16 @@ def normalise(attn_mask: Any, batch: int, heads: int, q_len: int, k_len: int, de
     if mask.shape[1] == 1 and mask.shape[2] == 1:
         return Mask("key_padding", mask[:, 0, 0])
     return Mask("bool", mask)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise for nested and sparse tensors, of which shapes and strides mean something else."""
+    if tensor.is_nested:
+        raise InvalidCallError(
+            f"{name} is a nested tensor. Use {name}.to_padded_tensor(0.0), with a mask of its padding."
+        )
+    if tensor.layout != torch.strided:
+        raise InvalidCallError(f"{name} has layout {tensor.layout}. Use {name}.to_dense().")
 
 
 def keep_matrix(q_len: int, k_len: int, is_causal: bool, window_size: tuple[int, int], device: torch.device) -> Tensor:
@@ -123,14 +135,39 @@ _memo = WeakTensorKeyDictionary()
 _memo_lock = threading.Lock()
 
 
+def runs_now(tensor: Tensor | None = None) -> bool:
+    """Whether operations run now and only now, on memory: nothing traces, transforms or records them for later runs.
+
+    What is computed may be remembered, and values read, only then. Traces are those of torch.compile, torch.export,
+    torch.jit.trace and make_fx, transforms those of torch.func. FakeTensor has no memory.
+
+    Args:
+        tensor: what the operations read, where there is one; a CUDA graph that records them reads it anew each time.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not records_graph(tensor.device))
+
+
+def records_graph(device: torch.device) -> bool:
+    """Whether a CUDA graph records what this thread does on a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def derived(tensor: Tensor, key: Hashable, build: Callable[[], T]) -> T:
     """``build()``, remembered for as long as the mask object lives and is not written to.
 
     Views of one tensor share its memory of results, so that a mask re-viewed in every layer is prepared once per
-    forward. Inference tensors have no version counter, and a graph being traced has no objects: both rebuild. What is
-    built must not hold ``tensor`` itself (hold ``tensor.detach()``), or neither is ever freed.
+    forward. Writing is noticed by torch's version counter, which inference tensors do not have (they rebuild), and which
+    a write past torch, such as through ``mask.numpy()`` or ``mask.data``, does not change. What is built must not hold
+    ``tensor`` itself (hold ``tensor.detach()``), or neither is ever freed.
     """
-    if torch.compiler.is_compiling() or tensor.is_inference():
+    if not runs_now(tensor) or tensor.is_inference():
         return build()
     root = tensor._base if tensor._base is not None else tensor
     full_key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, key)
@@ -141,8 +178,16 @@ def derived(tensor: Tensor, key: Hashable, build: Callable[[], T]) -> T:
             _memo[root] = entry
     results = entry[1]
     if full_key not in results:
-        results[full_key] = build()
+        results[full_key] = lasting(build)
     return results[full_key]
+
+
+def lasting(build: Callable[[], T]) -> T:
+    """``build()``, of which later calls with gradients may make use: in inference mode too, of ordinary tensors."""
+    if not torch.is_inference_mode_enabled():
+        return build()
+    with torch.inference_mode(False), torch.no_grad():
+        return build()
 
 
 def _is_trivial(mask: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from .. import known_bad, settings
 from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
-from ..masks import block_table, derived
+from ..masks import block_table, derived, lasting, records_graph, runs_now
 from ..registry import Backend
 
 _MASKS = frozenset({"key_padding", "bool", "bias", "block"})
@@ -71,6 +71,8 @@ def _structure(call: AttentionCall) -> Callable[..., Tensor] | None:
 
 
 _structural: OrderedDict[Any, BlockMask] = OrderedDict()
+# A CUDA graph reads the memory of what it was recorded with for as long as it lives.
+_recorded: dict[Any, BlockMask] = {}
 _structural_lock = threading.Lock()
 
 
@@ -103,12 +105,17 @@ def _block_mask(call: AttentionCall) -> BlockMask | None:
 
 def _structural_mask(structure: Callable[..., Tensor], key: tuple[Any, ...]) -> BlockMask:
     q_len, k_len, device = key[2:]
-    if torch.compiler.is_compiling():
+    if not runs_now():
         return _create(structure, 1, 1, q_len, k_len, device)
     with _structural_lock:
         found = _structural.get(key)
+        if found is not None and records_graph(device):
+            _recorded[key] = found
     if found is None:
-        found = _create(structure, 1, 1, q_len, k_len, device)
+        found = lasting(lambda: _create(structure, 1, 1, q_len, k_len, device))
+        if records_graph(device):
+            # Nothing was computed yet.
+            return found
         with _structural_lock:
             _structural[key] = found
             while len(_structural) > _MAX_STRUCTURAL_MASKS:
