@@ -27,6 +27,7 @@ from attention_dispatch.request import current
 
 Q = torch.zeros(2, 6, 4, 16)
 K = torch.zeros(2, 6, 2, 16)
+RAGGED = torch.nested.nested_tensor([Q[0, :3], Q[0]], layout=torch.jagged)
 
 
 def blocks(q_len, k_len):
@@ -39,6 +40,9 @@ MISTAKES = {
     "integers": ((Q.int(), Q.int(), Q.int()), {}, r"query must be floating point.*\.to\("),
     "booleans": ((Q, Q, Q.bool()), {}, "value must be floating point"),
     "complex": ((Q.cfloat(), Q.cfloat(), Q.cfloat()), {}, "query must be floating point"),
+    "nested": ((RAGGED, RAGGED, RAGGED), {}, r"query is a nested tensor.*to_padded_tensor"),
+    "sparse": ((Q, Q.to_sparse(), Q), {}, r"key has layout torch.sparse_coo.*to_dense"),
+    "no head dim": ((Q[..., :0], Q[..., :0], Q), {}, "head_dim must be at least 1"),
     "two devices": ((Q, Q.to("meta"), Q), {}, "one device, got cpu, meta and cpu"),
     "two dtypes": ((Q, Q.half(), Q), {}, "share one dtype, got torch.float32, torch.float16"),
     "two batch sizes": ((Q, Q[:1], Q[:1]), {}, "batch sizes differ: query 2, key 1"),
@@ -56,6 +60,8 @@ MISTAKES = {
     "dropout of one": ((Q, Q, Q), {"dropout_p": 1.0}, "dropout_p must be"),
     "NaN dropout": ((Q, Q, Q), {"dropout_p": math.nan}, "dropout_p must be"),
     "tensor dropout": ((Q, Q, Q), {"dropout_p": torch.tensor(0.1)}, "dropout_p must be"),
+    "text is_causal": ((Q, Q, Q), {"is_causal": "False"}, "is_causal must be True or False, got 'False'"),
+    "sparse mask": ((Q, Q, Q), {"attn_mask": torch.ones(2, 1, 1, 6).to_sparse()}, "attn_mask has layout torch.sparse_coo"),
     "list mask": ((Q, Q, Q), {"attn_mask": [[True]]}, "attn_mask must be a tensor or a BlockMask, got list"),
     "integer mask": ((Q, Q, Q), {"attn_mask": torch.ones(2, 6, dtype=torch.int64)}, r"attn_mask\.bool\(\)"),
     "mask on another device": ((Q, Q, Q), {"attn_mask": torch.ones(2, 6, device="meta").bool()}, "attn_mask is on meta"),
@@ -66,6 +72,9 @@ MISTAKES = {
     "5-D mask": ((Q, Q, Q), {"attn_mask": torch.ones(1, 2, 4, 6, 6).bool()}, "2, 3 or 4 dimensions, got 5"),
     "BlockMask of other lengths": ((Q, Q, Q), {"attn_mask": blocks(8, 6)}, "the BlockMask is for"),
     "unknown keyword": ((Q, Q, Q), {"attention_kwargs": {"sofcap": 1.0}}, "unknown attention_kwargs key 'sofcap'.*softcap"),
+    "keywords in a list": ((Q, Q, Q), {"attention_kwargs": ["softcap"]}, "attention_kwargs must be a dict.*got list"),
+    "keyword that is a number": ((Q, Q, Q), {"attention_kwargs": {1: 2}}, "unknown attention_kwargs key 1"),
+    "text return_lse": ((Q, Q, Q), {"attention_kwargs": {"return_lse": "no"}}, "return_lse must be True or False"),
     "negative softcap": ((Q, Q, Q), {"attention_kwargs": {"softcap": -1.0}}, "softcap must be a finite number >= 0"),
     "NaN softcap": ((Q, Q, Q), {"attention_kwargs": {"softcap": math.nan}}, "softcap must be"),
     "window of one": ((Q, Q, Q), {"attention_kwargs": {"window_size": 4}}, "window_size must be a pair"),

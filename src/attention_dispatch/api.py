@@ -187,7 +187,7 @@ def request_for(backend: Any) -> Request:
 
 def _canonical(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any, attention_kwargs: Any) -> AttentionCall:  # fmt: skip
     options: frozenset[str] = frozenset()
-    if attention_kwargs and not all(name in STANDARD_KWARGS for name in attention_kwargs):
+    if isinstance(attention_kwargs, Mapping) and not all(name in STANDARD_KWARGS for name in attention_kwargs):
         options = registry.known_options()
     return canonicalise(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, options

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidCallError
-from .masks import Mask, normalise
+from .masks import Mask, check_dense, normalise
 
 FULL_WINDOW = (-1, -1)
 STANDARD_KWARGS = ("return_lse", "window_size", "softcap", "deterministic")
@@ -159,11 +159,15 @@ def canonicalise(
         value if value.stride(3) == 1 else value.contiguous(),
         mask,
         float(dropout_p),
-        bool(is_causal),
+        _checked_flag("is_causal", is_causal),
         factor,
         index(heads) != index(key.shape[2]),
     )
     if attention_kwargs:
+        if not isinstance(attention_kwargs, Mapping):
+            raise InvalidCallError(
+                f"attention_kwargs must be a dict such as {{'return_lse': True}}, got {type(attention_kwargs).__name__}."
+            )
         _apply_kwargs(call, attention_kwargs, known_options)
     return call
 
@@ -264,6 +268,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise InvalidCallError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        check_dense(name, tensor)
         if tensor.ndim != 4:
             raise InvalidCallError(
                 f"{name} must have 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(tensor.shape)}."
@@ -314,6 +319,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise InvalidCallError(f"key and value must have one sequence length, got {key.shape[1]} and {value.shape[1]}.")
     if key.shape[3] != head_dim:
         raise InvalidCallError(f"query and key must have one head_dim, got {head_dim} and {key.shape[3]}.")
+    if head_dim == 0:
+        raise InvalidCallError(f"head_dim must be at least 1, got query of shape {tuple(query.shape)}.")
     if key.shape[2] != value.shape[2]:
         raise InvalidCallError(f"key and value must have as many heads, got {key.shape[2]} and {value.shape[2]}.")
     kv_heads = key.shape[2]
@@ -343,9 +350,9 @@ def _apply_kwargs(call: AttentionCall, attention_kwargs: Mapping[str, Any], know
     options = {}
     for name, value in attention_kwargs.items():
         if name == "return_lse":
-            call.return_lse = bool(value)
+            call.return_lse = _checked_flag(name, value)
         elif name == "deterministic":
-            call.deterministic = bool(value)
+            call.deterministic = _checked_flag(name, value)
         elif name == "softcap":
             call.softcap = _checked_softcap(value)
         elif name == "window_size":
@@ -357,6 +364,13 @@ def _apply_kwargs(call: AttentionCall, attention_kwargs: Mapping[str, Any], know
             raise InvalidCallError(f"unknown attention_kwargs key {name!r}. Known: {known}.")
     if options:
         call.options = options
+
+
+def _checked_flag(name: str, value: Any) -> bool:
+    if isinstance(value, (str, bytes)):
+        # bool("False") is True.
+        raise InvalidCallError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
 
 
 def _checked_softcap(value: Any) -> float:
