@@ -92,6 +92,8 @@ def arguments(shape: Shape, device: torch.device) -> dict[str, Any]:
     mask = None
     if shape.mask == "key_padding":
         mask = torch.zeros(shape.batch, 1, 1, shape.k_len, dtype=torch.bool, device=place)
+    elif shape.mask == "key_bias":
+        mask = torch.ones(shape.batch, shape.heads, 1, shape.k_len, dtype=dtype, device=place)
     elif dense:
         kind = torch.bool if shape.mask == "bool" else dtype
         mask = torch.zeros(1, 1, shape.q_len, shape.k_len, dtype=kind, device=place)

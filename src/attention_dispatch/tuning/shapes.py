@@ -13,7 +13,7 @@ from ..call import AttentionCall
 from ..masks import Mask
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-MASKS = ("none", "key_padding", "bool", "bias")
+MASKS = ("none", "key_padding", "bool", "bias", "key_bias")
 
 
 class Shape(NamedTuple):
@@ -21,7 +21,8 @@ class Shape(NamedTuple):
 
     Attributes:
         name: for tables. batch, q_len, k_len, heads, kv_heads, head_dim: sizes.
-        causal: top-left causal masking. mask: one of :data:`MASKS`. grad: forward and backward.
+        causal: top-left causal masking. mask: one of :data:`MASKS`; ``"bool"`` and ``"bias"`` are (1, 1, Q, K),
+            ``"key_bias"`` is additive and the same for every query, (B, H, 1, K). grad: forward and backward.
         dtype: a key of :data:`DTYPES`.
     """
 
@@ -68,45 +69,73 @@ def _cross(name: str, batch: int, q_len: int, k_len: int, heads: int, head_dim: 
     return Shape(name, batch, q_len, k_len, heads, heads, head_dim, **facts)
 
 
+def tokens(width: int, height: int, frames: int = 1, *, pixels: int, per_latent: int = 1) -> int:
+    """Tokens of an image or a video.
+
+    Args:
+        width, height: in pixels.
+        frames: of a video.
+        pixels: side of the square that one token stands for: the spatial factor of the VAE times the patch size.
+        per_latent: temporal factor of the VAE; it keeps the first frame apart.
+    """
+    return (width // pixels) * (height // pixels) * ((frames - 1) // per_latent + 1)
+
+
+def _wan(width: int, height: int) -> tuple[Shape, ...]:
+    """Guidance runs the two prompts one after the other."""
+    length = tokens(width, height, 81, pixels=8 * 2, per_latent=4)
+    return _self("self", 1, length, 40, 128), _cross("text", 1, length, 512, 40, 128)
+
+
+_QWEN = tokens(1328, 1328, pixels=8 * 2)
+_LTX = tokens(704, 512, 161, pixels=32, per_latent=8)
+_SDXL = tokens(1024, 1024, pixels=8 * 2), tokens(1024, 1024, pixels=8 * 4)
+
 MODELS: dict[str, Model] = {
     "flux": Model(
         "FLUX.1-dev, 1024x1024",
-        (_self("joint", 1, 4096 + 512, 24, 128),),
-        "64x64 packed latents and 512 T5 tokens; huggingface.co/black-forest-labs/FLUX.1-dev transformer/config.json",
+        (_self("joint", 1, tokens(1024, 1024, pixels=8 * 2) + 512, 24, 128),),
+        "VAE 8x, patches of 2, 512 T5 tokens; huggingface.co/black-forest-labs/FLUX.1-dev transformer/config.json",
     ),
     "qwen-image": Model(
         "Qwen-Image, 1328x1328",
-        (_self("joint", 1, 83 * 83 + 256, 24, 128, mask="key_padding"),),
-        "83x83 packed latents, a prompt of 256 tokens assumed; huggingface.co/Qwen/Qwen-Image transformer/config.json",
+        (
+            _self("joint", 1, _QWEN + 256, 24, 128),
+            _self("joint, two prompts", 2, _QWEN + 256, 24, 128, mask="key_padding"),
+        ),
+        "VAE 8x, patches of 2, prompts of up to 256 tokens assumed, padded only where they differ in length; "
+        "huggingface.co/Qwen/Qwen-Image transformer/config.json",
     ),
     "wan-480p": Model(
         "Wan 2.1 14B, 832x480, 81 frames",
-        (_self("self", 1, 32760, 40, 128), _cross("text", 1, 32760, 512, 40, 128)),
-        "21x30x52 tokens, 512 text tokens; huggingface.co/Wan-AI/Wan2.1-T2V-14B config.json",
+        _wan(832, 480),
+        "VAE 4x8x8, patches of 1x2x2, 512 text tokens; huggingface.co/Wan-AI/Wan2.1-T2V-14B config.json",
     ),
     "wan-720p": Model(
         "Wan 2.1 14B, 1280x720, 81 frames",
-        (_self("self", 1, 75600, 40, 128), _cross("text", 1, 75600, 512, 40, 128)),
-        "21x45x80 tokens, 512 text tokens; huggingface.co/Wan-AI/Wan2.1-T2V-14B config.json",
+        _wan(1280, 720),
+        "VAE 4x8x8, patches of 1x2x2, 512 text tokens; huggingface.co/Wan-AI/Wan2.1-T2V-14B config.json",
     ),
     "hunyuan-video": Model(
         "HunyuanVideo, 1280x720, 129 frames",
-        (_self("joint", 1, 118800 + 256, 24, 128, mask="key_padding"),),
-        "33x45x80 tokens and 256 text tokens; huggingface.co/hunyuanvideo-community/HunyuanVideo transformer/config.json",
+        (_self("joint", 1, tokens(1280, 720, 129, pixels=8 * 2, per_latent=4) + 256, 24, 128, mask="key_padding"),),
+        "VAE 4x8x8, patches of 1x2x2, 256 text tokens; "
+        "huggingface.co/hunyuanvideo-community/HunyuanVideo transformer/config.json",
     ),
     "ltx": Model(
-        "LTX-Video, 768x512, 121 frames",
-        (_self("self", 1, 6144, 32, 64), _cross("text", 1, 6144, 128, 32, 64, mask="key_padding")),
-        "16x16x24 tokens, 128 text tokens; huggingface.co/Lightricks/LTX-Video transformer/config.json",
+        "LTX-Video, 704x512, 161 frames, with guidance",
+        (_self("self", 2, _LTX, 32, 64), _cross("text", 2, _LTX, 128, 32, 64, mask="key_bias")),
+        "VAE 8x32x32, no patches, 128 text tokens; huggingface.co/Lightricks/LTX-Video transformer/config.json",
     ),
     "sdxl": Model(
         "SDXL, 1024x1024 with guidance",
         (
-            _self("64x64 self", 2, 4096, 10, 64, dtype="float16"),
-            _self("32x32 self", 2, 1024, 20, 64, dtype="float16"),
-            _cross("64x64 text", 2, 4096, 77, 10, 64, dtype="float16"),
-            _cross("32x32 text", 2, 1024, 77, 20, 64, dtype="float16"),
+            _self("64x64 self", 2, _SDXL[0], 10, 64, dtype="float16"),
+            _self("32x32 self", 2, _SDXL[1], 20, 64, dtype="float16"),
+            _cross("64x64 text", 2, _SDXL[0], 77, 10, 64, dtype="float16"),
+            _cross("32x32 text", 2, _SDXL[1], 77, 20, 64, dtype="float16"),
         ),
+        "VAE 8x, attention where 640 and 1280 channels are at 1/2 and 1/4 of the latent's size; "
         "huggingface.co/stabilityai/stable-diffusion-xl-base-1.0 unet/config.json",
     ),
     "llama-3-8b": Model(
@@ -116,11 +145,14 @@ MODELS: dict[str, Model] = {
             Shape("decode", 16, 1, 8192, 32, 8, 128),
             Shape("train", 1, 4096, 4096, 32, 8, 128, causal=True, grad=True),
         ),
-        "huggingface.co/meta-llama/Meta-Llama-3-8B config.json",
+        "32 heads, 8 for keys, 8192 positions; huggingface.co/meta-llama/Meta-Llama-3-8B config.json",
     ),
     "vit-l": Model(
         "ViT-L/16, 224x224",
-        (_self("inference", 64, 197, 16, 64), _self("train", 64, 197, 16, 64, grad=True)),
+        (
+            _self("inference", 64, tokens(224, 224, pixels=16) + 1, 16, 64),
+            _self("train", 64, tokens(224, 224, pixels=16) + 1, 16, 64, grad=True),
+        ),
         "196 patches and a class token; huggingface.co/google/vit-large-patch16-224 config.json",
     ),
     "baselines": Model(
@@ -212,6 +244,9 @@ def _mask(shape: Shape, device: torch.device, dtype: torch.dtype) -> Mask | None
     visible = torch.arange(shape.k_len, device=device) < max(1, shape.k_len * 3 // 4)
     if shape.mask == "key_padding":
         return Mask("key_padding", visible.expand(shape.batch, -1).contiguous())
+    if shape.mask == "key_bias":
+        hidden = torch.zeros(shape.k_len, device=device, dtype=dtype).masked_fill(~visible, -10000.0)
+        return Mask("bias", hidden.expand(shape.batch, shape.heads, 1, -1).contiguous())
     keep = visible.expand(1, 1, shape.q_len, -1).contiguous()
     if shape.mask == "bool":
         return Mask("bool", keep)
