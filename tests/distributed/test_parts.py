@@ -81,11 +81,14 @@ def test_merging_is_exact_for_huge_scores_and_empty_rows(dtype):
     assert not out.isnan().any() and torch.all(out[:, 0] == 0) and torch.all(lse[:, :, 0] == -torch.inf)
     assert (out - want).norm() / want.norm() < limit
     assert (lse - want_lse)[:, :, 1:].abs().max() < 1e-3
-    running = RunningAttention(9)
-    for part_out, part_lse in parts:
-        running.add(slice(0, 9), part_out, part_lse)
-    total, total_lse = running.result(torch.float64)
-    assert torch.allclose(total, want) and torch.allclose(total_lse, want_lse)
+    for into in (None, (torch.empty_like(want), torch.empty_like(want_lse))):
+        for is_last in (False, True):
+            running = RunningAttention(9, into)
+            for index, (part_out, part_lse) in enumerate(parts):
+                running.add(slice(0, 9), part_out, part_lse, is_last and index == 1)
+            total, total_lse = running.result()
+            assert torch.allclose(total, want) and torch.allclose(total_lse, want_lse)
+            assert into is None or total is into[0]
 
 
 @pytest.mark.parametrize("heads, kv_heads, world", [(6, 6, 4), (6, 2, 3), (8, 1, 3), (2, 1, 3), (24, 8, 16), (4, 4, 1)])

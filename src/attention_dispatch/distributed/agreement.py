@@ -59,7 +59,7 @@ class CallFacts(NamedTuple):
     @property
     def mask_sizes(self) -> tuple[int, ...]:
         """Shape of this rank's mask."""
-        return (self.mask_size_0, self.mask_size_1, self.mask_size_2, self.mask_size_3)[:self.mask_dims]
+        return (self.mask_size_0, self.mask_size_1, self.mask_size_2, self.mask_size_3)[: self.mask_dims]
 
 
 def float_bits(value: float) -> int:

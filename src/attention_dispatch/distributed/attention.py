@@ -38,6 +38,7 @@ def context_parallel_attention(
     softcap: float = 0.0,
     deterministic: bool = False,
     return_lse: bool = False,
+    told: Callable[[str], object] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks.
 
@@ -61,6 +62,7 @@ def context_parallel_attention(
         softcap: 0 is off.
         deterministic: passed to the kernel.
         return_lse: also return the LSE.
+        told: called with the name of the kernel that was taken.
 
     Returns:
         out (B, my query tokens, Hq, Dv); with ``return_lse`` also lse (B, Hq, my query tokens), natural log, float32
@@ -78,14 +80,17 @@ def context_parallel_attention(
         _check(query, key, value, attn_mask, dropout_p)
         scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        options = CallOptions(scale, float(softcap), deterministic, is_causal, (window_size[0], window_size[1]), needs_grad,
-                              return_lse)
+        options = CallOptions(
+            scale, float(softcap), deterministic, is_causal, (window_size[0], window_size[1]), needs_grad, return_lse
+        )
         facts = _facts(query, key, value, attn_mask, options, parallel, request or kernels[0].name)
     except Exception as caught:
         error = caught
     calls = _agree(parallel, facts, error)
     assert kernels is not None
     plan, kernel = _plan(parallel, kernels, calls, (query, key, value), attn_mask, options)
+    if told is not None:
+        told(kernel.name)
     mask = None if attn_mask is None else _shard_mask(parallel, plan, attn_mask)
     agreement = parallel.agreement if parallel.agree_always else None
     run = Execution(plan, kernel, mask, agreement, parallel.ulysses_rank)
@@ -118,7 +123,7 @@ class _Attention(torch.autograd.Function):
             if plan.by_autograd:
                 return ctx.run.recorded(chunk)
             if not ctx.own:
-                return tensors[5 * chunk:5 * chunk + 5]
+                return tensors[5 * chunk : 5 * chunk + 5]
             heads = plan.chunks[chunk][0]
             query, key, value, out, lse = tensors
             q, kv = slice(*heads.queries), slice(*heads.keys)
@@ -128,8 +133,11 @@ class _Attention(torch.autograd.Function):
         for index, (shape, dtype) in enumerate(ctx.shapes):
             shared = plan.replicated and index > 0
             # Copies of a key head are summed, in the accumulation dtype.
-            gradients.append(torch.zeros(shape, dtype=accumulation_dtype(dtype), device=grad_out.device) if shared
-                             else torch.empty(shape, dtype=dtype, device=grad_out.device))
+            gradients.append(
+                torch.zeros(shape, dtype=accumulation_dtype(dtype), device=grad_out.device)
+                if shared
+                else torch.empty(shape, dtype=dtype, device=grad_out.device)
+            )
         ctx.run.backward(grad_out, chunk_tensors, tuple(gradients))
         return (*(gradient.to(dtype) for gradient, (_, dtype) in zip(gradients, ctx.shapes)), None, None)
 
@@ -139,8 +147,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     if any(tensor.ndim != 4 for tensor in (query, key, value)):
         raise InvalidCallError("query, key and value must be (batch, tokens, heads, head_dim)")
     if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
-        raise InvalidCallError(f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
-                               "do not belong together")
+        raise InvalidCallError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not belong together"
+        )
     if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
         raise InvalidCallError(f"{query.shape[2]} query heads are not a multiple of {key.shape[2]} key heads")
     if len({(tensor.dtype, tensor.device) for tensor in (query, key, value)}) > 1:
@@ -160,17 +169,28 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
             "  Do:    pass a tensor, or express it by is_causal, window_size and a key-padding mask."
         )
     if mask.ndim not in (2, 3, 4) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise InvalidCallError(f"attn_mask must be bool or floating point with 2 to 4 dimensions, got {mask.dtype} "
-                               f"of shape {tuple(mask.shape)}")
+        raise InvalidCallError(
+            f"attn_mask must be bool or floating point with 2 to 4 dimensions, got {mask.dtype} "
+            f"of shape {tuple(mask.shape)}"
+        )
     if mask.device != query.device:
         raise InvalidCallError(f"attn_mask is on {mask.device}, query on {query.device}")
     if mask.requires_grad and torch.is_grad_enabled():
-        raise InvalidCallError("gradients of attn_mask are not supported under context parallelism.\n"
-                               "  Do:    detach the mask, or compute the call on one process.")
+        raise InvalidCallError(
+            "gradients of attn_mask are not supported under context parallelism.\n"
+            "  Do:    detach the mask, or compute the call on one process."
+        )
 
 
-def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: CallOptions,
-           parallel: ContextParallel, request: str) -> CallFacts:
+def _facts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: CallOptions,
+    parallel: ContextParallel,
+    request: str,
+) -> CallFacts:
     sizes = () if mask is None else tuple(mask.shape)
     return CallFacts(
         batch=query.shape[0],
@@ -207,9 +227,14 @@ def _agree(parallel: ContextParallel, facts: CallFacts | None, error: Exception 
     return calls
 
 
-def _plan(parallel: ContextParallel, pairs: Sequence[AttentionPair], calls: tuple[CallFacts, ...],
-          tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, options: CallOptions,
-          ) -> tuple[Plan, AttentionPair]:
+def _plan(
+    parallel: ContextParallel,
+    pairs: Sequence[AttentionPair],
+    calls: tuple[CallFacts, ...],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    options: CallOptions,
+) -> tuple[Plan, AttentionPair]:
     """The plan for a call that all ranks agreed on, and the kernel that can serve it on every rank; made once.
 
     The key holds nothing but agreed facts, so all ranks find a plan or all of them make one.
@@ -221,8 +246,9 @@ def _plan(parallel: ContextParallel, pairs: Sequence[AttentionPair], calls: tupl
     kv_layout = parallel.layout_of([call.key_tokens for call in calls])
     form, kind = None, "none"
     if mask is not None:
-        form = read_masks([call.mask_sizes for call in calls], calls[0].batch, calls[0].query_heads, q_layout,
-                          kv_layout)
+        form = read_masks(
+            [call.mask_sizes for call in calls], calls[0].batch, calls[0].query_heads, q_layout, kv_layout
+        )
         kind = form.kind(mask)
     able: dict[str, tuple[Plan, AttentionPair]] = {}
     refused: list[BackendRejectedError] = []
@@ -252,6 +278,10 @@ def _none_left(refused: Sequence[BackendRejectedError], told: str = "") -> NoBac
 
 def _shard_mask(parallel: ContextParallel, plan: Plan, mask: Tensor) -> ShardedMask:
     assert plan.mask_form is not None
-    return ShardedMask(mask, plan.mask_form, plan.kv_layout, parallel.group,
-                       (parallel.ulysses_group, plan.q_exchange.layout, plan.queries))
-
+    return ShardedMask(
+        mask,
+        plan.mask_form,
+        plan.kv_layout,
+        parallel.group,
+        (parallel.ulysses_group, plan.q_exchange.layout, plan.queries),
+    )

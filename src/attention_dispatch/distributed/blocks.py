@@ -64,8 +64,9 @@ class Block(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan_blocks(queries: tuple[Range, ...], keys: tuple[Range, ...], is_causal: bool,
-                window: tuple[int, int]) -> tuple[Block, ...]:
+def plan_blocks(
+    queries: tuple[Range, ...], keys: tuple[Range, ...], is_causal: bool, window: tuple[int, int]
+) -> tuple[Block, ...]:
     """Blocks that together cover exactly the visible pairs of the two index sets, each pair once.
 
     Args:
@@ -145,8 +146,13 @@ def _join_keys(row: list[Block]) -> list[Block]:
     joined: list[Block] = []
     for block in row:
         last = joined[-1] if joined else None
-        if (last and _plain(last) and _plain(block) and last.kv_stop == block.kv_start
-                and (last.q_start, last.q_stop) == (block.q_start, block.q_stop)):
+        if (
+            last
+            and _plain(last)
+            and _plain(block)
+            and last.kv_stop == block.kv_start
+            and (last.q_start, last.q_stop) == (block.q_start, block.q_stop)
+        ):
             joined[-1] = last._replace(kv_stop=block.kv_stop)
         else:
             joined.append(block)
@@ -158,8 +164,12 @@ def _join_queries(blocks: list[Block]) -> list[Block]:
     joined: list[Block] = []
     for block in blocks:
         for index, other in enumerate(joined):
-            if (_plain(other) and _plain(block) and other.q_stop == block.q_start
-                    and (other.kv_start, other.kv_stop) == (block.kv_start, block.kv_stop)):
+            if (
+                _plain(other)
+                and _plain(block)
+                and other.q_stop == block.q_start
+                and (other.kv_start, other.kv_stop) == (block.kv_start, block.kv_stop)
+            ):
                 joined[index] = other._replace(q_stop=block.q_stop)
                 break
         else:
@@ -185,12 +195,19 @@ def tile_band(block: Block) -> tuple[Block, ...]:
             sides = (-1, sides[1])
         if sides[1] >= last - first - 1:
             sides = (sides[0], -1)
-        tiles.append(Block(block.q_start + start, block.q_start + stop, block.kv_start + first, block.kv_start + last,
-                           window=sides, dense=sides != (-1, -1)))
+        tiles.append(
+            Block(
+                block.q_start + start,
+                block.q_start + stop,
+                block.kv_start + first,
+                block.kv_start + last,
+                window=sides,
+                dense=sides != (-1, -1),
+            )
+        )
     return tuple(tiles)
 
 
 def pairs_seen(blocks: Sequence[Block]) -> int:
     """Query-key pairs that the kernels compute for the blocks; a causal square counts half, a band its rectangle."""
-    return sum(rows * columns // (2 if block.is_causal else 1)
-               for block in blocks for rows, columns in (block.shape,))
+    return sum(rows * columns // (2 if block.is_causal else 1) for block in blocks for rows, columns in (block.shape,))

@@ -43,9 +43,17 @@ class ContextParallel:
         InvalidCallError: degrees that do not fit the mesh, or an unknown option.
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None, *, ring: int | None = None, ulysses: int | None = None,
-                 layout: str = "contiguous", head_chunks: int | None = None, agreement: str = "always",
-                 timeout: timedelta | None = None):
+    def __init__(
+        self,
+        mesh: DeviceMesh | None = None,
+        *,
+        ring: int | None = None,
+        ulysses: int | None = None,
+        layout: str = "contiguous",
+        head_chunks: int | None = None,
+        agreement: str = "always",
+        timeout: timedelta | None = None,
+    ):
         if layout not in LAYOUTS:
             raise InvalidCallError(f"layout must be one of {LAYOUTS}, got {layout!r}")
         if agreement not in ("always", "first"):
@@ -57,15 +65,21 @@ class ContextParallel:
         self.layout, self.head_chunks = layout, head_chunks
         self.agree_always = agreement == "always"
 
-    def _set_up(self, ranks: Sequence[int], ring: int, ulysses: int, groups: dict[str, dist.ProcessGroup],
-                timeout: timedelta | None) -> None:
+    def _set_up(
+        self,
+        ranks: Sequence[int],
+        ring: int,
+        ulysses: int,
+        groups: dict[str, dist.ProcessGroup],
+        timeout: timedelta | None,
+    ) -> None:
         self.ranks, self.ring, self.ulysses = tuple(ranks), ring, ulysses
         self.world = ring * ulysses
         self.rank = self.ranks.index(dist.get_rank())
         self.ring_rank, self.ulysses_rank = divmod(self.rank, ulysses)
         first = self.ring_rank * ulysses
-        row = self.ranks[first:first + ulysses]
-        column = self.ranks[self.ulysses_rank::ulysses]
+        row = self.ranks[first : first + ulysses]
+        column = self.ranks[self.ulysses_rank :: ulysses]
         self.ring_group = groups.get("ring") or _group(column)
         self.ulysses_group = groups.get("ulysses") or _group(row)
         if ring > 1 and ulysses > 1:
@@ -108,8 +122,10 @@ class ContextParallel:
         return contiguous(even_lengths(total, self.world))
 
     def __repr__(self) -> str:
-        return (f"ContextParallel(ring={self.ring}, ulysses={self.ulysses}, layout={self.layout!r}, "
-                f"rank={self.rank} of {self.world})")
+        return (
+            f"ContextParallel(ring={self.ring}, ulysses={self.ulysses}, layout={self.layout!r}, "
+            f"rank={self.rank} of {self.world})"
+        )
 
 
 def _group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
@@ -121,8 +137,11 @@ def _group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
-def _read_mesh(mesh: DeviceMesh | None, ring: int | None, ulysses: int | None,
-               ) -> tuple[list[int], int, int, dict[str, dist.ProcessGroup]]:
+def _read_mesh(
+    mesh: DeviceMesh | None,
+    ring: int | None,
+    ulysses: int | None,
+) -> tuple[list[int], int, int, dict[str, dist.ProcessGroup]]:
     """Ranks in ring-major order, both degrees, and the process groups that the mesh already has."""
     if not dist.is_available() or not dist.is_initialized():
         raise InvalidCallError(

@@ -14,6 +14,7 @@ from ..call import STANDARD_KWARGS, AttentionCall, CallSpec, architecture
 from ..capabilities import row_for
 from ..errors import InvalidCallError, Reason
 from ..masks import Mask
+from ..recording import record_parallel, recording
 from ..registry import Backend
 from ..request import Request
 from ..resolve import candidates, extent_of, verdict_on
@@ -45,8 +46,9 @@ class BackendPair:
         output = self._backend.forward(_call(query, key, value, call))
         return output.out, output.lse
 
-    def backward(self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-                 call: BlockCall) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: BlockCall
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`~.pair.AttentionPair.backward`."""
         if self._backend.backward is None:
             return exact_backward(grad_out, query, key, value, out, lse, call)
@@ -55,8 +57,20 @@ class BackendPair:
 
 def _call(query: Tensor, key: Tensor, value: Tensor, call: BlockCall) -> AttentionCall:
     mask = None if call.mask is None else Mask(call.mask_kind, call.mask)
-    return AttentionCall(query, key, value, mask, 0.0, call.is_causal, call.scale, query.shape[2] != key.shape[2],
-                         call.window_size, call.softcap, call.deterministic, call.needs_lse)
+    return AttentionCall(
+        query,
+        key,
+        value,
+        mask,
+        0.0,
+        call.is_causal,
+        call.scale,
+        query.shape[2] != key.shape[2],
+        call.window_size,
+        call.softcap,
+        call.deterministic,
+        call.needs_lse,
+    )
 
 
 def _spec(query: Tensor, key: Tensor, value: Tensor, facts: BlockFacts) -> CallSpec:
@@ -131,20 +145,46 @@ def dispatch_parallel(
     request = request.for_lengths(query.shape[1], key.shape[1])
     options = dict(attention_kwargs or {})
     if torch.compiler.is_compiling():
-        return traced_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options,
-                                request, parallel)
+        return traced_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, request, parallel
+        )
 
     def find() -> tuple[BackendPair, ...]:
         unknown = sorted(set(options) - set(STANDARD_KWARGS))
         if unknown:
-            raise InvalidCallError(f"attention_kwargs {unknown} are not passed on under context parallelism.\n"
-                                   f"  Do:    use {', '.join(STANDARD_KWARGS)} only.")
+            raise InvalidCallError(
+                f"attention_kwargs {unknown} are not passed on under context parallelism.\n"
+                f"  Do:    use {', '.join(STANDARD_KWARGS)} only."
+            )
         if query.shape[2] != key.shape[2] and not enable_gqa:
             raise InvalidCallError(f"query has {query.shape[2]} heads and key {key.shape[2]}: pass enable_gqa=True.")
         return pairs_for(request, query, key, value)
 
-    return context_parallel_attention(
-        query, key, value, attn_mask, parallel=parallel, pair=find, request=str(request), dropout_p=dropout_p,
-        is_causal=is_causal, scale=scale, window_size=options.get("window_size") or (-1, -1),
-        softcap=options.get("softcap") or 0.0, deterministic=bool(options.get("deterministic")),
-        return_lse=bool(options.get("return_lse")))
+    names: list[str] = []
+    result = context_parallel_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        parallel=parallel,
+        pair=find,
+        request=str(request),
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        window_size=options.get("window_size") or (-1, -1),
+        softcap=options.get("softcap") or 0.0,
+        deterministic=bool(options.get("deterministic")),
+        return_lse=bool(options.get("return_lse")),
+        told=names.append,
+    )
+    if recording():
+        record_parallel(
+            query,
+            key,
+            attn_mask,
+            str(request),
+            names[0],
+            f"shard {parallel.rank} of {parallel.world}: ring={parallel.ring}, ulysses={parallel.ulysses}",
+        )
+    return result

@@ -68,20 +68,34 @@ class ParallelismPlan:
     why: str
 
     def __str__(self) -> str:
-        lines = [f"ring={self.ring}, ulysses={self.ulysses}, layout={self.layout!r}: {self.why}",
-                 "  ring ulysses   compute   ring comm  all-to-all    exposed      total  efficiency  sent/rank  memory"]
+        lines = [
+            f"ring={self.ring}, ulysses={self.ulysses}, layout={self.layout!r}: {self.why}",
+            "  ring ulysses   compute   ring comm  all-to-all    exposed      total  efficiency  sent/rank  memory",
+        ]
         for one in self.estimates:
             lines.append(
                 f"  {one.ring:4d} {one.ulysses:7d} {one.compute_s * 1e3:8.3f}ms {one.ring_s * 1e3:9.3f}ms "
                 f"{one.ulysses_s * 1e3:9.3f}ms {one.exposed_s * 1e3:8.3f}ms {one.total_s * 1e3:8.3f}ms "
-                f"{one.efficiency(self.one_gpu_s):11.2f} {one.sent_bytes / 1e6:8.1f}MB {one.memory_bytes / 1e9:6.2f}GB")
+                f"{one.efficiency(self.one_gpu_s):11.2f} {one.sent_bytes / 1e6:8.1f}MB {one.memory_bytes / 1e9:6.2f}GB"
+            )
         return "\n".join(lines)
 
 
-def plan_parallelism(seq_len: int, heads: int, kv_heads: int | None = None, mesh_or_size: Any = 1, *,
-                     head_dim: int = 128, batch: int = 1, element_size: int = 2, is_causal: bool = False,
-                     tflops: float = DEFAULT_TFLOPS, gpus_per_host: int = 8, link: Link | None = None,
-                     between_hosts: Link | None = None) -> ParallelismPlan:
+def plan_parallelism(
+    seq_len: int,
+    heads: int,
+    kv_heads: int | None = None,
+    mesh_or_size: Any = 1,
+    *,
+    head_dim: int = 128,
+    batch: int = 1,
+    element_size: int = 2,
+    is_causal: bool = False,
+    tflops: float = DEFAULT_TFLOPS,
+    gpus_per_host: int = 8,
+    link: Link | None = None,
+    between_hosts: Link | None = None,
+) -> ParallelismPlan:
     """Ring and Ulysses degrees for a number of ranks, and why.
 
     Args:
@@ -131,9 +145,18 @@ def plan_parallelism(seq_len: int, heads: int, kv_heads: int | None = None, mesh
         shard = local * token * (2 * heads + 2 * kv_heads)
         visiting = min(ring - 1, 2) * step_bytes if ring > 1 else 0
         gathered = shard if ulysses > 1 else 0
-        return Estimate(ring, ulysses, compute, ring_s, ulysses_s, exposed,
-                        int(leaves + (ring - 1) * step_bytes), (ring - 1) + (4 if ulysses > 1 else 0),
-                        int(shard + gathered + visiting), most_heads)
+        return Estimate(
+            ring,
+            ulysses,
+            compute,
+            ring_s,
+            ulysses_s,
+            exposed,
+            int(leaves + (ring - 1) * step_bytes),
+            (ring - 1) + (4 if ulysses > 1 else 0),
+            int(shard + gathered + visiting),
+            most_heads,
+        )
 
     degrees = [(size // ulysses, ulysses) for ulysses in range(1, size + 1) if size % ulysses == 0 and ulysses <= heads]
     ordered = tuple(sorted((estimate(*pair) for pair in degrees), key=lambda one: (one.total_s, one.memory_bytes)))
@@ -151,8 +174,9 @@ def _most_heads(heads: int, kv_heads: int, ulysses: int) -> int:
 def _explain(best: Estimate, ordered: tuple[Estimate, ...], heads: int, size: int) -> str:
     if size == 1:
         return "one rank, nothing to divide."
-    reasons = [f"{best.total_s * 1e3:.3f} ms a call by the model, {best.exposed_s * 1e3:.3f} ms of it exposed "
-               "communication"]
+    reasons = [
+        f"{best.total_s * 1e3:.3f} ms a call by the model, {best.exposed_s * 1e3:.3f} ms of it exposed communication"
+    ]
     if best.heads_per_rank * best.ulysses != heads:
         reasons.append(f"{heads} heads are uneven over {best.ulysses} ranks (at most {best.heads_per_rank})")
     if len(ordered) > 1:

@@ -1,14 +1,15 @@
 """Collectives of context parallelism: heads against tokens (all-to-all) and gathering shards of unequal length.
 
 Buffers are laid out with tokens first. A receive buffer is then already the sequence of the group in rank order, for
-any batch size, and becomes (B, S, H, D) by a transpose that copies nothing.
+any batch size, and becomes (B, S, H, D) by a transpose that copies nothing. A kernel's output of batch 1 is sent from
+where it lies.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,8 +64,12 @@ def chunk_heads(assigned: Sequence[HeadRange], chunks: int) -> tuple[tuple[HeadR
         kv_heads = rank.kv_stop - rank.kv_start
         group = (rank.q_stop - rank.q_start) // max(kv_heads, 1)
         edges = _edges(kv_heads, chunks)
-        table.append([HeadRange(rank.q_start + a * group, rank.q_start + b * group,
-                                rank.kv_start + a, rank.kv_start + b) for a, b in itertools.pairwise(edges)])
+        table.append(
+            [
+                HeadRange(rank.q_start + a * group, rank.q_start + b * group, rank.kv_start + a, rank.kv_start + b)
+                for a, b in itertools.pairwise(edges)
+            ]
+        )
     return tuple(zip(*table))
 
 
@@ -73,22 +78,42 @@ def _edges(total: int, parts: int) -> list[int]:
     return [part * size + min(part, rest) for part in range(parts + 1)]
 
 
+class Message(NamedTuple):
+    """One tensor on its way between all ranks of a group.
+
+    Attributes:
+        ops: the transfers to post.
+        received: what they fill: one tensor, or one for each rank.
+        keep: what is being sent, alive until it has left.
+    """
+
+    ops: list[dist.P2POp]
+    received: Any
+    keep: list[Tensor]
+
+
 class Pending:
-    """A collective in flight and the tensor it fills."""
+    """Messages that were posted together."""
 
-    def __init__(self, work: dist.Work | None, received: Tensor, *keep: Tensor):
-        self._work, self._received, self._keep = work, received, keep
+    def __init__(self, messages: Sequence[Message]):
+        ops = [op for message in messages for op in message.ops]
+        self._works = dist.batch_isend_irecv(ops) if ops else []
+        self._keep = [message.keep for message in messages]
+        self._received = [message.received for message in messages]
 
-    def wait(self) -> Tensor:
-        """The received tensor; on CUDA only the stream waits, not the host."""
-        if self._work is not None:
-            self._work.wait()
-            self._work, self._keep = None, ()
+    def wait(self) -> list[Any]:
+        """What each message received; on CUDA only the stream waits, not the host."""
+        for work in self._works:
+            work.wait()
+        self._works, self._keep = [], []
         return self._received
 
 
 class HeadExchange:
     """All-to-all between "all heads of my tokens" and "my heads of all tokens" within one Ulysses group.
+
+    It is made of transfers between pairs of ranks, so that several tensors travel in one collective and what stays on a
+    rank is copied once, from its place to its place.
 
     Args:
         group: process group of the ranks that exchange heads; None for a single rank.
@@ -101,33 +126,37 @@ class HeadExchange:
         self._lengths = layout.lengths
         self._pieces = layout.in_global_order()
         self._in_rank_order = [piece[0] for piece in self._pieces] == sorted(piece[0] for piece in self._pieces)
+        self._peers = []
+        if group is not None:
+            self._peers = [(peer, dist.get_global_rank(group, peer)) for peer in range(layout.world) if peer != rank]
 
-    def to_heads(self, tensor: Tensor, heads: Sequence[tuple[int, int]]) -> Pending:
-        """Start sending to each rank its heads of my tokens.
+    def to_heads(self, tensor: Tensor, heads: Sequence[tuple[int, int]], tag: int) -> Message:
+        """Send to each rank its heads of my tokens.
 
         Args:
             tensor: (B, my tokens, H, D).
             heads: range of heads for each rank; ranges may overlap or be empty.
+            tag: tells this message from others that are under way between the same ranks.
 
         Returns:
-            What :meth:`arrived` turns into (B, tokens of the group in global order, my heads, D).
+            What :meth:`in_global_order` turns into (B, tokens of the group in global order, my heads, D) on arrival.
         """
-        if self.group is None:
-            start, stop = heads[0]
-            return Pending(None, tensor[:, :, start:stop])
-        batch, tokens, _, head_dim = tensor.shape
-        widths = [batch * (stop - start) * head_dim for start, stop in heads]
-        send = torch.cat([tensor[:, :, start:stop].transpose(0, 1).reshape(-1) for start, stop in heads])
-        mine = widths[self.rank]
-        receive = tensor.new_empty(sum(self._lengths) * mine)
-        work = dist.all_to_all_single(receive, send, [length * mine for length in self._lengths],
-                                      [tokens * width for width in widths], group=self.group, async_op=True)
         start, stop = heads[self.rank]
-        return Pending(work, receive.view(sum(self._lengths), batch, stop - start, head_dim), send)
+        if self.group is None:
+            return Message([], tensor[:, :, start:stop], [])
+        batch, _, _, head_dim = tensor.shape
+        received = tensor.new_empty(sum(self._lengths), batch, stop - start, head_dim)
+        parts = received.split(self._lengths)
+        keep, ops = [], []
+        for peer, global_rank in self._peers:
+            sent = tensor[:, :, slice(*heads[peer])].transpose(0, 1).contiguous()
+            keep.append(sent)
+            ops += _both(sent, parts[peer], global_rank, self.group, tag)
+        parts[self.rank].copy_(tensor[:, :, start:stop].transpose(0, 1))
+        return Message(ops, received, keep)
 
-    def arrived(self, pending: Pending) -> Tensor:
+    def in_global_order(self, received: Tensor) -> Tensor:
         """(B, tokens of the group in global order, my heads, D); a view unless shards interleave."""
-        received = pending.wait()
         if self.group is None:
             return received
         if not self._in_rank_order:
@@ -135,50 +164,56 @@ class HeadExchange:
             received = torch.cat([parts[rank][start:stop] for rank, start, stop in self._pieces])
         return received.transpose(0, 1)
 
-    def to_tokens(self, tensor: Tensor, heads: Sequence[tuple[int, int]]) -> Pending:
-        """Start sending to each rank my heads of its tokens: the inverse of :meth:`to_heads`.
+    def to_tokens(self, tensor: Tensor, heads: Sequence[tuple[int, int]], tag: int) -> Message:
+        """Send to each rank my heads of its tokens: the inverse of :meth:`to_heads`.
 
         Args:
             tensor: (B, tokens of the group in global order, my heads, D).
             heads: range of heads that each rank holds.
+            tag: as in :meth:`to_heads`.
+
+        Returns:
+            What :meth:`deliver` writes on arrival.
         """
         if self.group is None:
-            return Pending(None, tensor)
+            return Message([], [tensor.transpose(0, 1)], [])
         by_token = tensor.transpose(0, 1)
         if not self._in_rank_order:
             cut = dict(zip(self._pieces, by_token.split([stop - start for _, start, stop in self._pieces])))
             by_token = torch.cat([cut[piece] for piece in sorted(self._pieces)])
-        send = by_token.reshape(-1)
-        batch, _, mine, head_dim = tensor.shape
-        tokens = self._lengths[self.rank]
-        widths = [batch * (stop - start) * head_dim for start, stop in heads]
-        receive = tensor.new_empty(tokens * sum(widths))
-        work = dist.all_to_all_single(receive, send, [tokens * width for width in widths],
-                                      [length * batch * mine * head_dim for length in self._lengths],
-                                      group=self.group, async_op=True)
-        return Pending(work, receive, send)
+        batch, _, _, head_dim = tensor.shape
+        received = list(by_token.split(self._lengths))
+        keep, ops = [], []
+        for peer, global_rank in self._peers:
+            sent = received[peer].contiguous()
+            start, stop = heads[peer]
+            received[peer] = tensor.new_empty(self._lengths[self.rank], batch, stop - start, head_dim)
+            keep.append(sent)
+            ops += _both(sent, received[peer], global_rank, self.group, tag)
+        return Message(ops, received, keep)
 
-    def deliver(self, pending: Pending, into: Tensor, heads: Sequence[tuple[int, int]], add: bool = False) -> None:
+    def deliver(
+        self, received: Sequence[Tensor], into: Tensor, heads: Sequence[tuple[int, int]], add: bool = False
+    ) -> None:
         """Write what :meth:`to_tokens` brought into (B, my tokens, H, D), each rank's part into its range of heads.
 
         Args:
             add: sum into ``into``, for heads that several ranks hold a copy of.
         """
-        received = pending.wait()
-        if self.group is None:
-            target = into[:, :, slice(*heads[0])]
-            _ = target.add_(received) if add else target.copy_(received)
-            return
-        batch, tokens, _, head_dim = into.shape
-        parts = received.split([tokens * batch * (stop - start) * head_dim for start, stop in heads])
-        for (start, stop), part in zip(heads, parts):
-            block = part.view(tokens, batch, stop - start, head_dim).transpose(0, 1)
-            target = into[:, :, start:stop]
+        for (start, stop), part in zip(heads, received):
+            target, block = into[:, :, start:stop], part.transpose(0, 1)
             _ = target.add_(block) if add else target.copy_(block)
 
 
-def gather_shards(tensor: Tensor, dim: int, layout: ShardLayout, group: dist.ProcessGroup,
-                  ranks: Sequence[int] | None = None) -> Tensor:
+def _both(sent: Tensor, received: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> list[dist.P2POp]:
+    """The transfers with one rank; empty tensors are not sent, which both sides know from their shapes."""
+    ops = [dist.P2POp(dist.isend, sent, peer, group, tag)] if sent.numel() else []
+    return ops + ([dist.P2POp(dist.irecv, received, peer, group, tag)] if received.numel() else [])
+
+
+def gather_shards(
+    tensor: Tensor, dim: int, layout: ShardLayout, group: dist.ProcessGroup, ranks: Sequence[int] | None = None
+) -> Tensor:
     """Concatenate every rank's shard along ``dim`` in global token order.
 
     Args:
@@ -194,7 +229,7 @@ def gather_shards(tensor: Tensor, dim: int, layout: ShardLayout, group: dist.Pro
     wire = tokens_first.view(torch.uint8) if tensor.dtype == torch.bool else tokens_first
     longest = max(lengths)
     padded = wire.new_zeros(longest, *wire.shape[1:])
-    padded[:len(wire)] = wire
+    padded[: len(wire)] = wire
     gathered = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(gathered, padded, group=group)
     joined = torch.cat([gathered[rank][start:stop] for rank, start, stop in layout.in_global_order(ranks)])

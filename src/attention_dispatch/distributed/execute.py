@@ -17,6 +17,9 @@ from .positions import count
 from .ring import GradientRotation, KeyValueRotation, empty_gradients
 from .sharded_mask import ShardedMask, restrict
 
+# Message tags of what is under way between two ranks at once; the ring's are its own.
+_QUERY_TAG, _KEY_TAG, _VALUE_TAG, _OUT_TAG, _LSE_TAG = range(11, 16)
+
 
 class Visit(NamedTuple):
     """One step of one chunk of heads: the chunk's own tensors and the keys and values that are here now.
@@ -47,8 +50,9 @@ class Execution:
         ulysses_rank: position within the Ulysses group.
     """
 
-    def __init__(self, plan: Plan, pair: AttentionPair, mask: ShardedMask | None, agreement: Agreement | None,
-                 ulysses_rank: int):
+    def __init__(
+        self, plan: Plan, pair: AttentionPair, mask: ShardedMask | None, agreement: Agreement | None, ulysses_rank: int
+    ):
         self._plan, self._pair, self._mask, self._agreement = plan, pair, mask, agreement
         self._rank = ulysses_rank
         self._rows = count(plan.queries)
@@ -67,42 +71,49 @@ class Execution:
         plan, failures = self._plan, Failures()
         batch, tokens, heads, _ = query.shape
         out = query.new_empty(batch, tokens, heads, value.shape[3])
-        lse = query.new_empty(batch, tokens, heads, 1, dtype=accumulation_dtype(query.dtype))
-        wants_lse = plan.options.return_lse or (
-            plan.options.needs_grad and not self._exchanges and not plan.by_autograd
-        )
+        lse = query.new_empty(batch, heads, tokens, dtype=accumulation_dtype(query.dtype))
         saved: list[Tensor] = []
-        leaving: list[tuple[list[tuple[int, int]], Pending, Pending | None]] = []
+        leaving: list[tuple[list[tuple[int, int]], Pending]] = []
 
-        def arrive(_: int, pending: tuple[Pending, ...]) -> tuple[Tensor, ...]:
-            return (plan.q_exchange.arrived(pending[0]), *map(plan.kv_exchange.arrived, pending[1:]))
+        def depart(chunk: int) -> Pending:
+            return self._depart(query, key, value, chunk)
 
-        running = RunningAttention(self._rows)
-        for visit in self._visits(lambda chunk: self._depart(query, key, value, chunk), arrive):
-            for step in plan.steps[visit.source]:
-                failures.run(self._attend, running, step, visit)
+        def arrive(_: int, pending: Pending) -> tuple[Tensor, ...]:
+            found, *held = pending.wait()
+            return (plan.q_exchange.in_global_order(found), *map(plan.kv_exchange.in_global_order, held))
+
+        running = None
+        for visit in self._visits(depart, arrive):
+            if running is None:
+                running = RunningAttention(self._rows, self._place(visit.chunk, out, lse))
+            steps = plan.steps[visit.source]
+            for index, step in enumerate(steps):
+                failures.run(self._attend, running, step, visit, visit.is_last and index == len(steps) - 1)
             if not visit.is_last:
                 continue
             part, part_lse = self._result(running, visit)
+            running = None
             if plan.by_autograd:
                 part = part.detach()
                 self._inputs.append(visit.own)
             elif plan.options.needs_grad and self._exchanges:
                 saved += [*visit.own, part, part_lse]
-            by_rank = [heads.queries for heads in plan.chunks[visit.chunk]]
-            leaving.append((by_rank, plan.q_exchange.to_tokens(part, by_rank),
-                            plan.q_exchange.to_tokens(part_lse.transpose(1, 2).unsqueeze(-1), by_rank)
-                            if wants_lse else None))
-            # The chunk before had this chunk's computation to arrive.
-            self._deliver(leaving[:-1], out, lse)
-            del leaving[:-1]
-            running = RunningAttention(self._rows)
+            if self._exchanges:
+                by_rank = [heads.queries for heads in plan.chunks[visit.chunk]]
+                leaving.append((by_rank, self._send_result(part, part_lse, by_rank)))
+                # The chunk before had this chunk's computation to arrive.
+                self._deliver(leaving[:-1], out, lse)
+                del leaving[:-1]
         self._deliver(leaving, out, lse)
         self._close(failures)
-        return out, lse.squeeze(-1).transpose(1, 2), saved
+        return out, lse, saved
 
-    def backward(self, grad_out: Tensor, chunk_tensors: Callable[[int], tuple[Tensor, ...]],
-                 gradients: tuple[Tensor, Tensor, Tensor]) -> None:
+    def backward(
+        self,
+        grad_out: Tensor,
+        chunk_tensors: Callable[[int], tuple[Tensor, ...]],
+        gradients: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
         """Gradients of this rank's query, key and value.
 
         Args:
@@ -113,11 +124,13 @@ class Execution:
         plan, failures = self._plan, Failures()
         leaving: list[Callable[[], None]] = []
 
-        def depart(chunk: int) -> tuple[Pending, ...]:
-            return (plan.q_exchange.to_heads(grad_out, [heads.queries for heads in plan.chunks[chunk]]),)
+        def depart(chunk: int) -> Pending:
+            queries = [heads.queries for heads in plan.chunks[chunk]]
+            return Pending([plan.q_exchange.to_heads(grad_out, queries, _OUT_TAG)])
 
-        def arrive(chunk: int, pending: tuple[Pending, ...]) -> tuple[Tensor, ...]:
-            return (*chunk_tensors(chunk), plan.q_exchange.arrived(pending[0]))
+        def arrive(chunk: int, pending: Pending) -> tuple[Tensor, ...]:
+            [received] = pending.wait()
+            return (*chunk_tensors(chunk), plan.q_exchange.in_global_order(received))
 
         d_query = row_lse = None
         rotation = GradientRotation(plan.ring)
@@ -127,10 +140,10 @@ class Execution:
                 d_query = torch.zeros_like(visit.own[0], dtype=dtype)
                 if not plan.by_autograd:
                     row_lse = visit.own[4].masked_fill(visit.own[4] == -torch.inf, torch.inf)
-            d_key, d_value = empty_gradients(visit.key, visit.value, dtype)
+            sums = empty_gradients(visit.key, visit.value, dtype)
             for step in plan.steps[visit.source]:
-                failures.run(self._differentiate, step, visit, row_lse, d_query, d_key, d_value)
-            rotation.add(d_key, d_value)
+                failures.run(self._differentiate, step, visit, row_lse, d_query, *sums.parts)
+            rotation.add(sums)
             if visit.is_last:
                 leaving.append(self._send_gradients(visit.chunk, d_query, rotation, gradients))
                 for deliver in leaving[:-1]:
@@ -145,8 +158,9 @@ class Execution:
         """Query, key and value of a chunk of heads whose kernel call was recorded for autograd."""
         return self._inputs[chunk]
 
-    def _visits(self, depart: Callable[[int], tuple[Pending, ...]],
-                arrive: Callable[[int, tuple[Pending, ...]], tuple[Tensor, ...]]) -> Iterator[Visit]:
+    def _visits(
+        self, depart: Callable[[int], Pending], arrive: Callable[[int, Pending], tuple[Tensor, ...]]
+    ) -> Iterator[Visit]:
         """All steps of all chunks; between two of them the caller computes on what it was given.
 
         What a step needs is posted before the computation of the step before it, across chunks too.
@@ -173,34 +187,59 @@ class Execution:
                 upcoming = KeyValueRotation(ring, next_own[1], next_own[2])
             own, rotation = next_own, upcoming
 
-    def _depart(self, query: Tensor, key: Tensor, value: Tensor, chunk: int) -> tuple[Pending, ...]:
+    def _depart(self, query: Tensor, key: Tensor, value: Tensor, chunk: int) -> Pending:
         """Start exchanging the tokens of one chunk of heads."""
         plan = self._plan
         queries = [heads.queries for heads in plan.chunks[chunk]]
         keys = [heads.keys for heads in plan.chunks[chunk]]
-        return (plan.q_exchange.to_heads(query, queries), plan.kv_exchange.to_heads(key, keys),
-                plan.kv_exchange.to_heads(value, keys))
+        return Pending(
+            [
+                plan.q_exchange.to_heads(query, queries, _QUERY_TAG),
+                plan.kv_exchange.to_heads(key, keys, _KEY_TAG),
+                plan.kv_exchange.to_heads(value, keys, _VALUE_TAG),
+            ]
+        )
 
-    def _deliver(self, leaving: Sequence[tuple[list[tuple[int, int]], Pending, Pending | None]], out: Tensor,
-                 lse: Tensor) -> None:
-        for by_rank, pending, pending_lse in leaving:
-            self._plan.q_exchange.deliver(pending, out, by_rank)
-            if pending_lse is not None:
-                self._plan.q_exchange.deliver(pending_lse, lse, by_rank)
+    def _place(self, chunk: int, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where the result of a chunk belongs, if it stays on this rank."""
+        if self._exchanges:
+            return None
+        heads = slice(*self._plan.chunks[chunk][self._rank].queries)
+        return out[:, :, heads], lse[:, heads]
 
-    def _send_gradients(self, chunk: int, d_query: Tensor, rotation: GradientRotation,
-                        gradients: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
+    def _send_result(self, part: Tensor, part_lse: Tensor, by_rank: list[tuple[int, int]]) -> Pending:
+        exchange = self._plan.q_exchange
+        messages = [exchange.to_tokens(part, by_rank, _OUT_TAG)]
+        if self._plan.options.return_lse:
+            messages.append(exchange.to_tokens(part_lse.transpose(1, 2).unsqueeze(-1), by_rank, _LSE_TAG))
+        return Pending(messages)
+
+    def _deliver(self, leaving: Sequence[tuple[list[tuple[int, int]], Pending]], out: Tensor, lse: Tensor) -> None:
+        exchange = self._plan.q_exchange
+        for by_rank, pending in leaving:
+            for received, into in zip(pending.wait(), (out, lse.transpose(1, 2).unsqueeze(-1))):
+                exchange.deliver(received, into, by_rank)
+
+    def _send_gradients(
+        self, chunk: int, d_query: Tensor, rotation: GradientRotation, gradients: tuple[Tensor, Tensor, Tensor]
+    ) -> Callable[[], None]:
         """Start sending a chunk's gradients to the owners of the tokens; the result waits and writes them."""
         plan = self._plan
         queries = [heads.queries for heads in plan.chunks[chunk]]
         keys = [heads.keys for heads in plan.chunks[chunk]]
-        sent_query = plan.q_exchange.to_tokens(d_query.to(gradients[0].dtype), queries)
+        sent_query = Pending([plan.q_exchange.to_tokens(d_query.to(gradients[0].dtype), queries, _QUERY_TAG)])
 
         def deliver() -> None:
-            plan.q_exchange.deliver(sent_query, gradients[0], queries)
-            for summed, into in zip(rotation.result(), gradients[1:]):
-                sent = plan.kv_exchange.to_tokens(summed.to(into.dtype), keys)
-                plan.kv_exchange.deliver(sent, into, keys, add=plan.replicated)
+            [received] = sent_query.wait()
+            plan.q_exchange.deliver(received, gradients[0], queries)
+            sent = Pending(
+                [
+                    plan.kv_exchange.to_tokens(summed.to(into.dtype), keys, tag)
+                    for summed, into, tag in zip(rotation.result(), gradients[1:], (_KEY_TAG, _VALUE_TAG))
+                ]
+            )
+            for received, into in zip(sent.wait(), gradients[1:]):
+                plan.kv_exchange.deliver(received, into, keys, add=plan.replicated)
 
         return deliver
 
@@ -214,11 +253,19 @@ class Execution:
             mask = restrict(mask, block.visible(self._device))
         elif step.mask_kind == "key_padding" and mask is not None:
             mask = mask[:, 0, 0]
-        return BlockCall(mask, step.mask_kind, block.is_causal, (-1, -1) if block.dense else block.window,
-                         options.scale, options.softcap, options.deterministic, self._plan.needs_lse,
-                         options.needs_grad)
+        return BlockCall(
+            mask,
+            step.mask_kind,
+            block.is_causal,
+            (-1, -1) if block.dense else block.window,
+            options.scale,
+            options.softcap,
+            options.deterministic,
+            self._plan.needs_lse,
+            options.needs_grad,
+        )
 
-    def _attend(self, running: RunningAttention, step: Step, visit: Visit) -> None:
+    def _attend(self, running: RunningAttention, step: Step, visit: Visit, is_last: bool) -> None:
         query, block = visit.own[0], step.block
         heads = self._plan.chunks[visit.chunk][self._rank]
         self._device = query.device
@@ -237,10 +284,11 @@ class Execution:
             self.graphs[visit.chunk] = (*leaves, out)
         else:
             out, lse = self._pair.forward(tile_query, tile_key, tile_value, call)
-        running.add(block.queries, out, lse)
+        running.add(block.queries, out, lse, is_last)
 
-    def _differentiate(self, step: Step, visit: Visit, row_lse: Tensor, d_query: Tensor, d_key: Tensor,
-                       d_value: Tensor) -> None:
+    def _differentiate(
+        self, step: Step, visit: Visit, row_lse: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor
+    ) -> None:
         if self._plan.by_autograd:
             self._differentiate_graph(visit, d_query, d_key, d_value)
             return
@@ -252,8 +300,15 @@ class Execution:
             return
         call = self._call(step, visit.source, heads)
         rows, keys = block.queries, block.keys
-        dq, dk, dv = self._pair.backward(grad_out[:, rows], query[:, rows], visit.key[:, keys], visit.value[:, keys],
-                                         out[:, rows], row_lse[:, :, rows], call)
+        dq, dk, dv = self._pair.backward(
+            grad_out[:, rows],
+            query[:, rows],
+            visit.key[:, keys],
+            visit.value[:, keys],
+            out[:, rows],
+            row_lse[:, :, rows],
+            call,
+        )
         d_query[:, rows] += dq
         d_key[:, keys] += dk
         d_value[:, keys] += dv
@@ -271,7 +326,7 @@ class Execution:
     def _result(self, running: RunningAttention, visit: Visit) -> tuple[Tensor, Tensor]:
         """Output (B, rows, heads, Dv) and LSE (B, heads, rows) of a chunk; 0 and -inf where nothing was seen."""
         query, value = visit.own[0], visit.own[2]
-        out, lse = running.result(query.dtype)
+        out, lse = running.result()
         batch, rows, heads, _ = query.shape
         if out is None:
             out = query.new_zeros(batch, rows, heads, value.shape[3])

@@ -10,6 +10,9 @@ overflows; a row without keys has LSE -inf and weight 0, and two such rows merge
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -43,52 +46,111 @@ def _weights(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return lse, weight_a.transpose(1, 2).unsqueeze(-1), weight_b.transpose(1, 2).unsqueeze(-1)
 
 
+@cache
+def _has_kernel() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into_out: Tensor, into_lse: Tensor) -> None:
+    """Write attention over the union of two disjoint sets of keys into given tensors, which may be one of the inputs.
+
+    Args:
+        out_a, out_b, into_out: (B, S, H, D), any floating dtypes; summed in the accumulation dtype.
+        lse_a, lse_b, into_lse: (B, H, S), natural log; -inf where a row has no key.
+    """
+    single = all(tensor.dtype == torch.float32 for tensor in (lse_a, lse_b, into_lse))
+    dense = all(tensor.stride(3) == 1 for tensor in (out_a, out_b, into_out))
+    if into_out.device.type == "cuda" and single and dense and into_out.numel() and _has_kernel():
+        from .merge_kernel import merge_into as kernel
+
+        kernel(out_a, lse_a, out_b, lse_b, into_out, into_lse)
+        return
+    dtype = into_lse.dtype
+    lse, weight_a, weight_b = _weights(lse_a.to(dtype), lse_b.to(dtype))
+    if into_out is out_a and into_out.dtype == dtype:
+        into_out.mul_(weight_a).addcmul_(out_b.to(dtype), weight_b)
+    else:
+        into_out.copy_(out_a.to(dtype) * weight_a + out_b.to(dtype) * weight_b)
+    into_lse.copy_(lse)
+
+
 class RunningAttention:
     """Attention accumulated block by block into one output.
 
-    The first block is kept as the kernel returned it: a step that needs one block costs no conversion. Sums are kept in
-    float32 (float64 for float64 input) from the second block on.
+    A block that is all there is is kept as the kernel returned it, and one that completes the result is merged straight
+    into it. Sums in between are kept in float32 (float64 for float64 input).
+
+    Args:
+        rows: number of query rows.
+        into: ``(out, lse)`` to be filled, (B, rows, H, D) and (B, H, rows) in the accumulation dtype; None leaves it to
+            :meth:`result` to return whatever tensors there are.
     """
 
-    def __init__(self, rows: int):
-        self._rows = rows
-        self._out: Tensor | None = None
-        self._lse: Tensor | None = None
+    def __init__(self, rows: int, into: tuple[Tensor, Tensor] | None = None):
+        self._rows, self._into = rows, into
+        self._held: tuple[Tensor, Tensor | None] | None = None
+        self._dtype: torch.dtype | None = None
         self._summed = False
 
-    def add(self, rows: slice, out: Tensor, lse: Tensor | None) -> None:
+    def add(self, rows: slice, out: Tensor, lse: Tensor | None, is_last: bool = False) -> None:
         """Merge a block's result for a slice of query rows.
 
         Args:
             rows: local query rows of the block.
             out: (B, rows, H, D).
             lse: (B, H, rows), natural log; may be None only when one block is all there is.
+            is_last: nothing will be added any more.
         """
-        if self._out is None and rows.stop - rows.start == self._rows:
-            self._out, self._lse = out, lse
-            return
+        whole = rows.stop - rows.start == self._rows
+        if self._held is None:
+            self._dtype = out.dtype
+            if whole:
+                self._held = out, lse
+                return
         assert lse is not None
-        self._start_sum(out)
-        assert self._out is not None and self._lse is not None
-        part, part_lse = self._out[:, rows], self._lse[:, :, rows]
-        new_lse, weight_old, weight_new = _weights(part_lse, lse.to(part_lse.dtype))
-        part.mul_(weight_old).addcmul_(out.to(part.dtype), weight_new)
-        part_lse.copy_(new_lse)
+        if whole and (is_last or not self._summed):
+            assert self._held is not None and self._held[1] is not None
+            into = (self._into or self._empty(out, out.dtype)) if is_last else self._empty(out, None)
+            merge_into(self._held[0], self._held[1], out, lse, *into)
+            self._held, self._summed = into, True
+            return
+        total_out, total_lse = self._sums(out)
+        part_out, part_lse = total_out[:, rows], total_lse[:, :, rows]
+        merge_into(part_out, part_lse, out, lse, part_out, part_lse)
 
-    def _start_sum(self, like: Tensor) -> None:
-        if self._summed:
-            return
-        self._summed = True
-        dtype = accumulation_dtype(like.dtype)
-        if self._out is not None:
-            assert self._lse is not None
-            self._out = self._out.to(dtype, copy=True)
-            self._lse = self._lse.to(dtype, copy=True)
-            return
+    def _empty(self, like: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         batch, _, heads, head_dim = like.shape
-        self._out = torch.zeros(batch, self._rows, heads, head_dim, dtype=dtype, device=like.device)
-        self._lse = torch.full((batch, heads, self._rows), -torch.inf, dtype=dtype, device=like.device)
+        accumulated = accumulation_dtype(like.dtype)
+        return (
+            like.new_empty(batch, self._rows, heads, head_dim, dtype=dtype or accumulated),
+            like.new_empty(batch, heads, self._rows, dtype=accumulated),
+        )
 
-    def result(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """``(out, lse)``: out in ``dtype``, lse as accumulated; both None when nothing was added."""
-        return (None if self._out is None else self._out.to(dtype)), self._lse
+    def _sums(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums in the accumulation dtype, made from what is held."""
+        if not self._summed:
+            total_out, total_lse = self._empty(like, None)
+            if self._held is None:
+                total_out.zero_()
+                total_lse.fill_(-torch.inf)
+            else:
+                assert self._held[1] is not None
+                total_out.copy_(self._held[0])
+                total_lse.copy_(self._held[1])
+            self._held, self._summed = (total_out, total_lse), True
+        assert self._held is not None and self._held[1] is not None
+        return self._held[0], self._held[1]
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        """Output in the dtype of the blocks and LSE; None for what was never added, 0 and -inf in given tensors."""
+        held, into = self._held, self._into
+        if into is None:
+            return (None, None) if held is None else (held[0].to(self._dtype), held[1])
+        if held is None:
+            into[0].zero_()
+            into[1].fill_(-torch.inf)
+        elif held is not into:
+            into[0].copy_(held[0])
+            if held[1] is not None:
+                into[1].copy_(held[1])
+        return into

@@ -57,9 +57,16 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts or [grad.narrow(ctx.dim, 0, 0)], ctx.dim), None, None
 
 
-def context_parallel(model: nn.Module | None, mesh: DeviceMesh | None = None, *, ring: int | None = None,
-                     ulysses: int | None = None, inputs: Mapping[str, int] | None = None, output: int | None = None,
-                     **options: Any) -> ContextParallel:
+def context_parallel(
+    model: nn.Module | None,
+    mesh: DeviceMesh | None = None,
+    *,
+    ring: int | None = None,
+    ulysses: int | None = None,
+    inputs: Mapping[str, int] | None = None,
+    output: int | None = None,
+    **options: Any,
+) -> ContextParallel:
     """Split the sequence of a model's attention over the ranks of a mesh.
 
     The setting is put where models that call ``dispatch_attention_fn(..., parallel_config=self._parallel_config)``
@@ -112,8 +119,10 @@ def _sharder(inputs: dict[str, int], parallel: ContextParallel) -> Any:
         missing = sorted(set(inputs) - set(kwargs))
         if missing:
             raise InvalidCallError(f"context_parallel shards {missing}, which the model was not given by keyword")
-        return args, {name: shard(value, parallel, inputs[name]) if name in inputs and value is not None else value
-                      for name, value in kwargs.items()}
+        return args, {
+            name: shard(value, parallel, inputs[name]) if name in inputs and value is not None else value
+            for name, value in kwargs.items()
+        }
 
     return hook
 

@@ -80,8 +80,9 @@ class AttentionPair(Protocol):
         """``(out, lse)`` of one block; lse may be None when ``call.needs_lse`` is false."""
         ...
 
-    def backward(self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-                 call: BlockCall) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: BlockCall
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``(dq, dk, dv)`` of one block, with ``out`` and ``lse`` of the *whole* row, not of the block.
 
         The probabilities are exp(score - lse), so the block's share of the gradient follows without merging anything.
@@ -109,7 +110,9 @@ def scores_of(query: Tensor, key: Tensor, call: BlockCall, first_row: int = 0) -
     if call.is_causal:
         right = 0
     if left >= 0 or right >= 0:
-        offset = torch.arange(columns, device=scores.device) - torch.arange(rows, device=scores.device)[:, None] - first_row
+        offset = (
+            torch.arange(columns, device=scores.device) - torch.arange(rows, device=scores.device)[:, None] - first_row
+        )
         hidden = torch.zeros_like(offset, dtype=torch.bool)
         if left >= 0:
             hidden |= offset < -left
@@ -119,7 +122,7 @@ def scores_of(query: Tensor, key: Tensor, call: BlockCall, first_row: int = 0) -
     if call.mask is not None:
         mask = call.mask[:, None, None, :] if call.mask.ndim == 2 else call.mask
         if mask.shape[2] != 1:
-            mask = mask[:, :, first_row:first_row + rows]
+            mask = mask[:, :, first_row : first_row + rows]
         # (B, 1 or Hq, ., .) -> (B, 1 or Hkv, 1 or G, ., .)
         heads, groups = scores.shape[1:3]
         mask = mask.unflatten(1, (heads, groups)) if mask.shape[1] != 1 else mask.unsqueeze(1)
@@ -127,8 +130,9 @@ def scores_of(query: Tensor, key: Tensor, call: BlockCall, first_row: int = 0) -
     return scores, slope
 
 
-def exact_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-                   call: BlockCall) -> tuple[Tensor, Tensor, Tensor]:
+def exact_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: BlockCall
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of any exact kernel's block in plain torch, for kernels that bring no backward of their own.
 
     Shapes and meaning as :meth:`AttentionPair.backward`. Works row block by row block, so that the score matrix in
@@ -154,6 +158,8 @@ def exact_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, 
         dq[:, :, :, part] = (d_scores @ k) * call.scale
         dk += (d_scores.transpose(-1, -2) @ q).sum(2, keepdim=True) * call.scale
         dv += (probabilities.transpose(-1, -2) @ g).sum(2, keepdim=True)
-    return (dq.flatten(1, 2).transpose(1, 2).to(query.dtype), dk.squeeze(2).transpose(1, 2).to(key.dtype),
-            dv.squeeze(2).transpose(1, 2).to(value.dtype))
-
+    return (
+        dq.flatten(1, 2).transpose(1, 2).to(query.dtype),
+        dk.squeeze(2).transpose(1, 2).to(key.dtype),
+        dv.squeeze(2).transpose(1, 2).to(value.dtype),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,9 +18,11 @@ from .positions import Range, ShardLayout
 from .ring import Ring
 from .sharded_mask import MaskForm
 
-# A chunk of heads should still fill the GPU: about six tiles of 128 query rows for each of an H100's 132 SMs, below
-# which the last, partly filled wave costs several per cent.
-_TILE_ROWS, _TILES_PER_CHUNK = 128, 6 * 132
+# A chunk of heads should still fill the GPU: about four tiles of 128 query rows for each of an H100's 132 SMs (chunks of
+# half that size made the kernel 5 % slower), and keep it busy for the millisecond that its launches may take.
+_TILE_ROWS, _TILES_PER_CHUNK, _OPERATIONS_PER_CHUNK = 128, 500, 0.6e12
+# Ulysses ranks wait for each other at every chunk, so more chunks than it takes to overlap cost time (H100, 2026-11-25).
+_MOST_EXCHANGED_CHUNKS = 2
 
 
 class CallOptions(NamedTuple):
@@ -76,9 +79,16 @@ class Plan:
     replicated: bool
 
 
-def make_plan(parallel: ContextParallel, pair: AttentionPair, tensors: tuple[Tensor, Tensor, Tensor],
-              q_layout: ShardLayout, kv_layout: ShardLayout, options: CallOptions, mask_kind: str,
-              mask_form: MaskForm | None) -> Plan:
+def make_plan(
+    parallel: ContextParallel,
+    pair: AttentionPair,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    q_layout: ShardLayout,
+    kv_layout: ShardLayout,
+    options: CallOptions,
+    mask_kind: str,
+    mask_form: MaskForm | None,
+) -> Plan:
     """Plan of this rank.
 
     Raises:
@@ -91,7 +101,9 @@ def make_plan(parallel: ContextParallel, pair: AttentionPair, tensors: tuple[Ten
     heads = assign_heads(query.shape[2], key.shape[2], parallel.ulysses)
     queries = ring_queries.ranges[parallel.ring_rank]
     own_rows = ring_queries.lengths[parallel.ring_rank]
-    chunk_count = parallel.head_chunks or _choose_chunks(query, min(ring_queries.lengths), heads)
+    chunk_count = parallel.head_chunks or _choose_chunks(
+        query, min(ring_queries.lengths), min(ring_keys.lengths), heads
+    )
     steps, by_autograd = None, False
     if parallel.ring == 1 and own_rows and ring_keys.total:
         # All keys are here: one call, differentiated by the kernel's own autograd if it has one.
@@ -111,10 +123,12 @@ def make_plan(parallel: ContextParallel, pair: AttentionPair, tensors: tuple[Ten
         needs_lse=needs_lse,
         q_layout=q_layout,
         kv_layout=kv_layout,
-        q_exchange=HeadExchange(parallel.ulysses_group, parallel.ulysses_rank,
-                                ShardLayout(tuple(q_layout.ranges[rank] for rank in mine))),
-        kv_exchange=HeadExchange(parallel.ulysses_group, parallel.ulysses_rank,
-                                 ShardLayout(tuple(kv_layout.ranges[rank] for rank in mine))),
+        q_exchange=HeadExchange(
+            parallel.ulysses_group, parallel.ulysses_rank, ShardLayout(tuple(q_layout.ranges[rank] for rank in mine))
+        ),
+        kv_exchange=HeadExchange(
+            parallel.ulysses_group, parallel.ulysses_rank, ShardLayout(tuple(kv_layout.ranges[rank] for rank in mine))
+        ),
         ring=Ring(parallel.ring_group, parallel.ring_rank, ring_keys.lengths),
         ring_keys=ring_keys,
         queries=queries,
@@ -126,8 +140,8 @@ def make_plan(parallel: ContextParallel, pair: AttentionPair, tensors: tuple[Ten
     )
 
 
-def _choose_chunks(query: Tensor, rows: int, heads: Sequence[HeadRange]) -> int:
-    """Number of head chunks: as many as leave each chunk enough tiles to fill a GPU; 1 on CPU.
+def _choose_chunks(query: Tensor, rows: int, keys: int, heads: Sequence[HeadRange]) -> int:
+    """Number of head chunks: as many as leave each chunk enough work for a GPU; 1 on CPU.
 
     Uses the smallest shard of any rank, so that every rank arrives at the same number.
     """
@@ -136,7 +150,10 @@ def _choose_chunks(query: Tensor, rows: int, heads: Sequence[HeadRange]) -> int:
         return 1
     group = max(rank.q_stop - rank.q_start for rank in heads) // max(rank.kv_stop - rank.kv_start for rank in heads)
     tiles = query.shape[0] * -(-rows // _TILE_ROWS) * group
-    return max(1, kv_heads // max(1, -(-_TILES_PER_CHUNK // max(1, tiles))))
+    operations = 4.0 * query.shape[0] * rows * keys * group * query.shape[3]
+    fewest = max(math.ceil(_TILES_PER_CHUNK / max(1, tiles)), math.ceil(_OPERATIONS_PER_CHUNK / max(1.0, operations)))
+    chunks = max(1, kv_heads // fewest)
+    return min(chunks, _MOST_EXCHANGED_CHUNKS) if len(heads) > 1 else chunks
 
 
 class _Lowering:
@@ -146,8 +163,14 @@ class _Lowering:
     masks.
     """
 
-    def __init__(self, pair: AttentionPair, tensors: tuple[Tensor, Tensor, Tensor], options: CallOptions,
-                 mask_kind: str, needs_lse: bool):
+    def __init__(
+        self,
+        pair: AttentionPair,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        options: CallOptions,
+        mask_kind: str,
+        needs_lse: bool,
+    ):
         self._pair, self._tensors, self._options = pair, tensors, options
         self._mask_kind, self._needs_lse = mask_kind, needs_lse
         self._known: dict[BlockFacts, tuple[Reason, ...]] = {}
@@ -191,9 +214,16 @@ class _Lowering:
         block, options = step.block, self._options
         rows, columns = block.shape
         lengths = "equal" if rows == columns else "fewer_queries" if rows < columns else "more_queries"
-        facts = BlockFacts(step.mask_kind, block.is_causal, not block.dense and block.window != (-1, -1),
-                           lengths, bool(options.softcap), options.deterministic, self._needs_lse,
-                           options.needs_grad)
+        facts = BlockFacts(
+            step.mask_kind,
+            block.is_causal,
+            not block.dense and block.window != (-1, -1),
+            lengths,
+            bool(options.softcap),
+            options.deterministic,
+            self._needs_lse,
+            options.needs_grad,
+        )
         if facts not in self._known:
             self._known[facts] = tuple(self._pair.reasons_against(*self._tensors, facts))
         return self._known[facts]
@@ -203,4 +233,6 @@ class _Lowering:
         fixes = "\n         ".join(dict.fromkeys(reason.fix for reason in reasons))
         return BackendRejectedError(
             f"backend {self._pair.name!r} cannot run this call under context parallelism; no tensor was sent.\n"
-            f"  Why:   {why}\n  Do:    {fixes}", reasons)
+            f"  Why:   {why}\n  Do:    {fixes}",
+            reasons,
+        )

@@ -7,14 +7,18 @@ and values, the visiting ones, and the ones on their way in: never those of all 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Message tags, so that keys, values and their gradients in flight at once cannot be taken for each other.
-_FORWARD_TAGS, _GRADIENT_TAGS = (1, 2), (3, 4)
+# Message tags, so that keys with values and their gradients in flight at once cannot be taken for each other.
+_FORWARD_TAG, _GRADIENT_TAG = 1, 2
+# Elements to which each tensor of a buffer is aligned: 128 bytes or more, as kernels and TMA want their operands.
+_ALIGNMENT = 64
 
 
 class Ring:
@@ -37,29 +41,43 @@ class Ring:
         """Ring rank whose keys are here at this step."""
         return (self.rank - step) % self.size
 
-    def shift(self, tensors: Sequence[Tensor], source: int, tags: Sequence[int]) -> Transfer:
-        """Send tensors (B, S, ...) to the next rank and receive those of ``source`` from the previous one."""
-        length = self.lengths[source]
-        received = [t.new_empty(t.shape[0], length, *t.shape[2:]) for t in tensors]
-        sent = [t.contiguous() for t in tensors]
-        ops = [dist.P2POp(dist.isend, t, self._next, self.group, tag) for t, tag in zip(sent, tags) if t.numel()]
-        ops += [dist.P2POp(dist.irecv, t, self._previous, self.group, tag)
-                for t, tag in zip(received, tags) if t.numel()]
-        return Transfer(dist.batch_isend_irecv(ops) if ops else [], sent, received)
+    def shift(self, flat: Tensor, received: Tensor, tag: int) -> Transfer:
+        """Send a buffer to the next rank and receive one from the previous rank; buffers without elements stay."""
+        assert self.group is not None
+        ops = [dist.P2POp(dist.isend, flat, self._next, self.group, tag)] if flat.numel() else []
+        if received.numel():
+            ops.append(dist.P2POp(dist.irecv, received, self._previous, self.group, tag))
+        return Transfer(dist.batch_isend_irecv(ops) if ops else [], flat)
 
 
 class Transfer:
-    """Tensors on their way; keeps what is being sent alive until it has left."""
+    """A buffer on its way; keeps what is being sent alive until it has left."""
 
-    def __init__(self, works: Sequence[dist.Work], sent: Sequence[Tensor], received: Sequence[Tensor]):
-        self._works, self._sent, self._received = works, sent, received
+    def __init__(self, works: Sequence[dist.Work], sent: Tensor):
+        self._works, self._sent = works, [sent]
 
-    def wait(self) -> Sequence[Tensor]:
-        """The received tensors; on CUDA only the stream waits, not the host."""
+    def wait(self) -> None:
+        """Wait for both directions; on CUDA only the stream waits, not the host."""
         for work in self._works:
             work.wait()
-        self._works, self._sent = (), ()
-        return self._received
+        self._works, self._sent = (), []
+
+
+class Parcel(NamedTuple):
+    """Two tensors in one buffer, so that they travel as one message."""
+
+    flat: Tensor
+    parts: tuple[Tensor, Tensor]
+
+    @classmethod
+    def empty(cls, like: Sequence[Tensor], tokens: int, dtype: torch.dtype | None = None) -> Parcel:
+        """Room for tensors (B, S, ...) like the given ones, with another number of tokens."""
+        shapes = [(tensor.shape[0], tokens, *tensor.shape[2:]) for tensor in like]
+        sizes = [math.prod(shape) for shape in shapes]
+        padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        flat = like[0].new_empty(sum(padded), dtype=dtype)
+        first, second = (part[:size].view(shape) for part, size, shape in zip(flat.split(padded), sizes, shapes))
+        return cls(flat, (first, second))
 
 
 class KeyValueRotation:
@@ -67,8 +85,9 @@ class KeyValueRotation:
 
     def __init__(self, ring: Ring, key: Tensor, value: Tensor):
         self._ring = ring
-        self.held: Sequence[Tensor] = (key, value)
+        self.held: tuple[Tensor, Tensor] = (key, value)
         self.step = 0
+        self._flat: Tensor | None = None
         self._transfer: Transfer | None = None
         self._post()
 
@@ -78,14 +97,23 @@ class KeyValueRotation:
         return self._ring.source(self.step)
 
     def _post(self) -> None:
-        if self.step + 1 < self._ring.size:
-            self._transfer = self._ring.shift(self.held, self._ring.source(self.step + 1), _FORWARD_TAGS)
+        if self.step + 1 == self._ring.size:
+            return
+        if self._flat is None:
+            own = Parcel.empty(self.held, self.held[0].shape[1])
+            for packed, tensor in zip(own.parts, self.held):
+                packed.copy_(tensor)
+            self._flat = own.flat
+        self._arriving = Parcel.empty(self.held, self._ring.lengths[self._ring.source(self.step + 1)])
+        self._transfer = self._ring.shift(self._flat, self._arriving.flat, _FORWARD_TAG)
 
     def advance(self) -> None:
         """Take the arriving keys and values and pass them on at once, before anything is computed with them."""
         assert self._transfer is not None
-        self.held = self._transfer.wait()
+        self._transfer.wait()
         self._transfer = None
+        self._flat, self.held = self._arriving
+        del self._arriving
         self.step += 1
         self._post()
 
@@ -99,28 +127,38 @@ class GradientRotation:
     def __init__(self, ring: Ring):
         self._ring = ring
         self._step = 0
+        self._sums: Parcel | None = None
         self._transfer: Transfer | None = None
 
-    def add(self, d_key: Tensor, d_value: Tensor) -> None:
+    def add(self, contribution: Parcel) -> None:
         """Add this rank's contribution for the keys of the current step, and send the sums on."""
-        sums: Sequence[Tensor] = (d_key, d_value)
-        if self._transfer is not None:
-            sums = self._transfer.wait()
-            sums[0].add_(d_key)
-            sums[1].add_(d_value)
+        sums = self._arrived()
+        if sums is None:
+            sums = contribution
+        else:
+            sums.flat.add_(contribution.flat)
         self._step += 1
         if self._ring.size > 1:
-            self._transfer = self._ring.shift(sums, self._ring.source(self._step), _GRADIENT_TAGS)
+            self._sums = Parcel.empty(sums.parts, self._ring.lengths[self._ring.source(self._step)])
+            self._transfer = self._ring.shift(sums.flat, self._sums.flat, _GRADIENT_TAG)
         else:
-            self._own = sums
+            self._sums = sums
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Complete ``(dk, dv)`` of this rank's own keys and values, after every step was added."""
-        d_key, d_value = self._own if self._transfer is None else self._transfer.wait()
-        self._transfer = None
-        return d_key, d_value
+        sums = self._arrived()
+        assert sums is not None
+        return sums.parts
+
+    def _arrived(self) -> Parcel | None:
+        if self._transfer is not None:
+            self._transfer.wait()
+            self._transfer = None
+        return self._sums
 
 
-def empty_gradients(key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def empty_gradients(key: Tensor, value: Tensor, dtype: torch.dtype) -> Parcel:
     """Zero sums for dk and dv."""
-    return torch.zeros_like(key, dtype=dtype), torch.zeros_like(value, dtype=dtype)
+    sums = Parcel.empty((key, value), key.shape[1], dtype)
+    sums.flat.zero_()
+    return sums

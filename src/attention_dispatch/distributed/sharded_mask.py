@@ -49,8 +49,9 @@ class MaskForm(NamedTuple):
         return "key_padding" if self.rows == "broadcast" and not per_head else "bool"
 
 
-def read_masks(sizes: Sequence[Sequence[int]], batch: int, heads: int, q_layout: ShardLayout,
-               kv_layout: ShardLayout) -> MaskForm:
+def read_masks(
+    sizes: Sequence[Sequence[int]], batch: int, heads: int, q_layout: ShardLayout, kv_layout: ShardLayout
+) -> MaskForm:
     """One reading for the masks of all ranks.
 
     Args:
@@ -108,8 +109,14 @@ class ShardedMask:
             group) and the ranges that they make up.
     """
 
-    def __init__(self, tensor: Tensor, form: MaskForm, kv_layout: ShardLayout, group: dist.ProcessGroup | None,
-                 row_group: tuple[dist.ProcessGroup | None, ShardLayout, tuple[Range, ...]]):
+    def __init__(
+        self,
+        tensor: Tensor,
+        form: MaskForm,
+        kv_layout: ShardLayout,
+        group: dist.ProcessGroup | None,
+        row_group: tuple[dist.ProcessGroup | None, ShardLayout, tuple[Range, ...]],
+    ):
         if form.is_padding:
             mask = tensor[:, None, None, :]
         elif tensor.ndim == 4:

@@ -17,9 +17,19 @@ from ..request import Request
 from .config import ContextParallel
 
 
-def traced_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, is_causal: bool,
-                     scale: float | None, enable_gqa: bool, options: dict[str, Any], request: Request,
-                     parallel: ContextParallel) -> Any:
+def traced_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    options: dict[str, Any],
+    request: Request,
+    parallel: ContextParallel,
+) -> Any:
     """Arguments and result as ``dispatch_parallel``.
 
     Raises:
@@ -34,22 +44,30 @@ def traced_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, 
             "dropout.\n  Do:    use ulysses=N, ring=1, or call the attention outside the compiled region."
         )
     if query.shape[2] % world or key.shape[2] % world:
-        raise InvalidCallError(f"under torch.compile {query.shape[2]} query and {key.shape[2]} key heads must be "
-                               f"multiples of the {world} ranks.\n  Do:    call the attention outside the graph.")
+        raise InvalidCallError(
+            f"under torch.compile {query.shape[2]} query and {key.shape[2]} key heads must be "
+            f"multiples of the {world} ranks.\n  Do:    call the attention outside the graph."
+        )
     if attn_mask is not None and attn_mask.shape[-1] != key.shape[1] * world:
-        raise InvalidCallError("under torch.compile attn_mask must be key padding over the keys of all ranks.\n"
-                               "  Do:    pass (B, Sk) with the global Sk, or call the attention outside the graph.")
+        raise InvalidCallError(
+            "under torch.compile attn_mask must be key padding over the keys of all ranks.\n"
+            "  Do:    pass (B, Sk) with the global Sk, or call the attention outside the graph."
+        )
     if attn_mask is not None and attn_mask.ndim == 2:
         attn_mask = attn_mask[:, None, None, :]
     if attn_mask is not None and (attn_mask.shape[-3] != 1 or attn_mask.shape[-2] != 1):
-        raise InvalidCallError("under torch.compile attn_mask must not depend on the query or head.\n"
-                               "  Do:    call the attention outside the compiled region.")
+        raise InvalidCallError(
+            "under torch.compile attn_mask must not depend on the query or head.\n"
+            "  Do:    call the attention outside the compiled region."
+        )
     if world == 1:
-        return dispatch_attention_fn(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None,
-                                     backend=request)
+        return dispatch_attention_fn(
+            query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None, backend=request
+        )
     query, key, value = (_to_heads(tensor, world, parallel) for tensor in (query, key, value))
-    out = dispatch_attention_fn(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None,
-                                backend=request)
+    out = dispatch_attention_fn(
+        query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None, backend=request
+    )
     return _to_tokens(out, world, parallel)
 
 
