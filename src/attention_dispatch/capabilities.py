@@ -92,8 +92,10 @@ _CAST_FIX = "cast q, k and v: .to(torch.bfloat16)."
 def reasons_against(capabilities: tuple[Capabilities, ...], spec: CallSpec) -> tuple[Reason, ...]:
     """Every reason why a backend with these capabilities cannot run a call; empty when it can.
 
-    Pure: looks at no device and imports nothing.
+    Pure: looks at no device and imports nothing. Empty too where nothing is declared: then its status tells.
     """
+    if not capabilities:
+        return ()
     row = row_for(capabilities, spec.device)
     if row is None:
         devices = sorted({device for entry in capabilities for device in entry.devices})

@@ -5,85 +5,17 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from .call import AttentionCall, AttentionOutput, CallSpec
-from .capabilities import Capabilities
+from .declaration import Backend, Row, unusable, what_is_wrong
 from .errors import BackendUnavailableError, InvalidCallError, Reason, UnknownBackendError, unavailable_message
 
 ENTRY_POINT_GROUP = "attention_dispatch.backends"
-
-
-def _no_reasons() -> tuple[Reason, ...]:
-    return ()
-
-
-def _no_extra_reasons(spec: CallSpec) -> tuple[Reason, ...]:
-    return ()
-
-
-def _no_adapters(spec: CallSpec) -> tuple[str, ...]:
-    return ()
-
-
-def _nothing_to_load() -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One backend: data and functions. Define it at the top level of a module that imports no vendor package.
-
-    Attributes:
-        name: what users type.
-        family: the file it lives in; backends of one family share code.
-        capabilities: one row per group of devices.
-        forward: computes a canonical call whose facts the capabilities allow.
-        load: the only place where the vendor is imported. Called once, before the first ``forward``.
-        probe: reasons why the package is missing, too old or on the wrong platform, found without importing it.
-        backward: ``(grad_out, call, out, lse) -> (dq, dk, dv)`` given a global ``lse``; needed for ring attention only.
-        extra_reasons: limits that exist only jointly.
-        adapters: names in ``adapt.ADAPTERS`` of the conversions a call needs.
-        bind: ``call -> function(query, key, value)`` or None: the shortest path for calls of one shape without a
-            mask, for backends whose kernel checks its own arguments.
-        kernel: which kernel will run a call, where the backend chooses between several.
-        external: not part of torch or of this project, so its first result is checked numerically.
-        url: upstream.
-        summary: one line for tables.
-    """
-
-    name: str
-    family: str
-    capabilities: tuple[Capabilities, ...]
-    forward: Callable[[AttentionCall], AttentionOutput]
-    load: Callable[[], None] = _nothing_to_load
-    probe: Callable[[], tuple[Reason, ...]] = _no_reasons
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
-    extra_reasons: Callable[[CallSpec], tuple[Reason, ...]] = _no_extra_reasons
-    adapters: Callable[[CallSpec], tuple[str, ...]] = _no_adapters
-    bind: Callable[[AttentionCall], Callable[[Tensor, Tensor, Tensor], Tensor] | None] | None = None
-    kernel: Callable[[AttentionCall], str] | None = None
-    external: bool = False
-    url: str = ""
-    summary: str = ""
-
-    @property
-    def quantised(self) -> bool:
-        return any(row.quantised for row in self.capabilities)
-
-
-class Row(NamedTuple):
-    """Registry row: ``"module:OBJECT"`` (or the object itself) and the command that installs what it needs."""
-
-    target: str | Backend
-    install: str = ""
 
 
 class Status(NamedTuple):
@@ -139,6 +71,8 @@ registry: Mapping[str, Row] = MappingProxyType(_rows)
 """Read-only view of the registered rows."""
 
 _states: dict[str, Status] = {}
+# Of rows whose file fails to import, or holds no backend.
+_stand_ins: dict[str, Backend] = {}
 _causes: dict[str, BaseException] = {}
 _lock = threading.RLock()
 _plugins_read = False
@@ -154,8 +88,12 @@ def register_backend(backend: Backend, *, install: str = "", replace: bool = Fal
         replace: allow a name that is already registered.
 
     Raises:
-        InvalidCallError: the name is taken and ``replace`` is False.
+        InvalidCallError: the name is taken and ``replace`` is False, or nobody could ask for it; or ``backend`` is no
+            :class:`Backend` with capabilities.
     """
+    wrong = what_is_wrong(backend)
+    if wrong:
+        raise InvalidCallError(f"{wrong} See docs/add-a-backend.md.")
     with _lock:
         if backend.name in _rows and not replace:
             raise InvalidCallError(f"backend {backend.name!r} is already registered. Pass replace=True to replace it.")
@@ -178,6 +116,7 @@ def forget_status(name: str) -> None:
 
 def _forget(name: str) -> None:
     _states.pop(name, None)
+    _stand_ins.pop(name, None)
     _causes.pop(name, None)
     for notify in _on_change:
         notify()
@@ -189,7 +128,7 @@ def names() -> tuple[str, ...]:
     if not _plugins_read:
         with _lock:
             for entry in entry_points(group=ENTRY_POINT_GROUP):
-                _rows.setdefault(entry.name, Row(entry.value, ""))
+                _rows.setdefault(entry.name.lower(), Row(entry.value, ""))
             _plugins_read = True
     return tuple(sorted(_rows))
 
@@ -214,8 +153,23 @@ def get(name: str) -> Backend:
     row = _rows[name]
     if isinstance(row.target, Backend):
         return row.target
-    module, _, attribute = row.target.partition(":")
-    return getattr(import_module(module), attribute)
+    return _stand_ins.get(name) or _imported(name, row.target)
+
+
+def _imported(name: str, target: str) -> Backend:
+    """The object at ``"module:OBJECT"``. One broken package must not keep others from being listed or chosen."""
+    module, _, attribute = target.partition(":")
+    if module.startswith(_HERE):
+        return getattr(import_module(module), attribute)
+    cause: Exception | None = None
+    try:
+        backend = getattr(import_module(module), attribute)
+        wrong = what_is_wrong(backend, name)
+    except Exception as error:  # whatever a package's file raises is the status of its backend
+        wrong, cause = f"importing {target} failed: {type(error).__name__}: {error}", error
+    if wrong:
+        backend = _stand_ins[name] = unusable(name, wrong, cause)
+    return backend
 
 
 def status(name: str) -> Status:
@@ -245,18 +199,19 @@ def require(name: str) -> Backend:
 
 
 def _find_status(backend: Backend, install: str) -> Status:
-    reasons = backend.probe()
-    if not reasons:
-        try:
+    reasons: tuple[Reason, ...] = ()
+    try:
+        reasons = tuple(backend.probe())
+        if not reasons:
             backend.load()
-        except BackendUnavailableError as error:
-            reasons = error.reasons
-            _causes[backend.name] = error.__cause__ or error
-        except Exception as error:  # whatever a vendor's import raises is that backend's status, not ours
-            fix = f"reinstall it for this torch: {install}" if install else "reinstall the package for this torch."
-            reasons = (Reason("import", f"importing it failed: {type(error).__name__}: {error}", fix),)
-            _causes[backend.name] = error
-    return Status(backend.name, not reasons, tuple(reasons))
+    except BackendUnavailableError as error:
+        reasons = error.reasons
+        _causes[backend.name] = error.__cause__ or error
+    except Exception as error:  # whatever a vendor's import raises is that backend's status, not ours
+        fix = f"reinstall it for this torch: {install}" if install else "reinstall the package for this torch."
+        reasons = (Reason("import", f"importing it failed: {type(error).__name__}: {error}", fix),)
+        _causes[backend.name] = error
+    return Status(backend.name, not reasons, reasons)
 
 
 def known_options() -> frozenset[str]:
