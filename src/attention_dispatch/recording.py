@@ -8,6 +8,7 @@ import math
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,23 +53,29 @@ class Record:
         module: name in the model; the class where it has none; empty outside of modules.
         backend: what ran it. request: what was asked for. call: in words. count: how often. mask: its kind.
         refused: backend -> why not, where the request was a permission.
-        check: the comparison with exact attention, if asked for.
+        check: the comparison with exact attention, if asked for; calls with context parallelism have none.
     """
 
-    def __init__(self, module: str, call: AttentionCall, spec: CallSpec, request: Request, plan: Plan):
+    def __init__(
+        self,
+        module: str,
+        backend: str,
+        request: str,
+        call: str,
+        mask: str,
+        query_shape: tuple[int, ...],
+        key_shape: tuple[int, ...],
+        refused: dict[str, str],
+    ):
         self.module = module
-        self.backend = plan.backend.name
-        self.request = str(request)
-        self.call = describe(call, spec)
-        self.mask = spec.mask
-        self.query_shape = tuple(call.query.shape)
-        self.key_shape = tuple(call.key.shape)
+        self.backend = backend
+        self.request = request
+        self.call = call
+        self.mask = mask
+        self.query_shape = query_shape
+        self.key_shape = key_shape
         self.count = 0
-        self.refused = {
-            verdict.name: "; ".join(reason.what for reason in verdict.reasons)
-            for verdict in plan.verdicts
-            if verdict.reasons
-        }
+        self.refused = refused
         self.check: Check | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -91,6 +98,15 @@ class Calls:
         self.records: list[Record] = []
         self.compiled: list[tuple[str, str]] = []
         self._by_key: dict[Any, Record] = {}
+
+    def _take(self, key: Any, make: Callable[[], Record]) -> Record:
+        """The record of a kind of call, one call further."""
+        found = self._by_key.get(key)
+        if found is None:
+            found = self._by_key[key] = make()
+            self.records.append(found)
+        found.count += 1
+        return found
 
     def backends(self) -> dict[str, int]:
         """Number of calls by backend."""
@@ -186,6 +202,7 @@ class record:  # lower case: it is used like a function
         self._outer = state.observer
         state.observer = self._observe
         state.refresh()
+        _scopes.open.append(self.calls)
         return self.calls
 
     def __exit__(self, *exception: object) -> None:
@@ -194,21 +211,61 @@ class record:  # lower case: it is used like a function
         state = current.state
         state.observer = self._outer
         state.refresh()
+        _scopes.open.remove(self.calls)
         self.calls.compiled = [(_spec_text(spec), backend) for (_request, spec), backend in traced_choices.items()]
 
     def _observe(self, call: AttentionCall, spec: CallSpec, request: Request, plan: Plan, output: Any) -> Any:
         module = module_name()
         key = (module, spec, request, plan.backend.name, call.query.shape, call.key.shape)
-        found = self.calls._by_key.get(key)
-        if found is None:
-            found = self.calls._by_key[key] = Record(module, call, spec, request, plan)
-            self.calls.records.append(found)
-        found.count += 1
+
+        def make() -> Record:
+            refused = {
+                verdict.name: "; ".join(reason.what for reason in verdict.reasons)
+                for verdict in plan.verdicts
+                if verdict.reasons
+            }
+            shapes = tuple(call.query.shape), tuple(call.key.shape)
+            return Record(
+                module, plan.backend.name, str(request), describe(call, spec), spec.mask, *shapes, refused=refused
+            )
+
+        found = self.calls._take(key, make)
         if self.compare is not None and _can_compare(spec) and (found.check is None or found.check.finite):
             found.check = (
                 compare(call, spec, plan, output) if found.check is None else _finiteness(found.check, call, output)
             )
         return output if self._outer is None else self._outer(call, spec, request, plan, output)
+
+
+class _Scopes(threading.local):
+    def __init__(self) -> None:
+        self.open: list[Calls] = []
+
+
+_scopes = _Scopes()
+
+
+def recording() -> bool:
+    """Whether a ``with record():`` scope is open in this thread."""
+    return bool(_scopes.open)
+
+
+def record_parallel(query: Tensor, key: Tensor, mask: Any, request: str, backend: str, place: str) -> None:
+    """Note a call with context parallelism in every open scope of this thread.
+
+    Args:
+        query, key: this rank's shards. mask: as given.
+        request: what was asked for. backend: what computes its blocks. place: this rank's, in words.
+    """
+    module = module_name()
+    shapes = tuple(query.shape), tuple(key.shape)
+    kind = "none" if mask is None else ("bool" if mask.dtype == torch.bool else "bias")
+    words = f"q {shapes[0]} {str(query.dtype).removeprefix('torch.')} on {query.device.type}, k {shapes[1]}; {place}"
+    for calls in _scopes.open:
+        calls._take(
+            (module, words, kind, request, backend),
+            lambda: Record(module, backend, request, words, kind, *shapes, refused={}),
+        )
 
 
 def compare(call: AttentionCall, spec: CallSpec, plan: Plan, output: AttentionOutput) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -149,3 +150,31 @@ def test_numerics_mode_is_silent_for_right_results(x):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Model(None, "_native_flash", "reference")(x)
+
+
+@pytest.fixture
+def parallel(tmp_path):
+    import torch.distributed as dist
+
+    from attention_dispatch.distributed import ContextParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield ContextParallel(ring=1, ulysses=1)
+    dist.destroy_process_group()
+
+
+def test_calls_with_context_parallelism_are_recorded(x, parallel):
+    class Sharded(nn.Module):
+        def forward(self, x):
+            return ad.dispatch_attention_fn(x, x, x, backend=["flash", "_native_flash"], parallel_config=parallel)
+
+    model = nn.Sequential(OrderedDict(block=Sharded()))
+    with ad.record() as outer, ad.record(compare="reference") as calls:
+        for _ in range(2):
+            model(x)
+    assert outer.backends() == calls.backends() == {"_native_flash": 2}
+    [found] = calls.records
+    assert found.module == "block" and "ring=1, ulysses=1" in found.call and found.check is None
+    assert found.request == "['flash', '_native_flash']" and json.loads(calls.to_json())["calls"][0]["count"] == 2
+    model(x)
+    assert found.count == 2
