@@ -16,7 +16,6 @@ from ..errors import InvalidCallError, Reason
 from ..masks import Mask
 from ..recording import record_parallel, recording
 from ..registry import Backend
-from ..recording import record_parallel, recording
 from ..request import Request
 from ..resolve import candidates, extent_of, verdict_on
 from .attention import context_parallel_attention
