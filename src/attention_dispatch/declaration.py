@@ -44,6 +44,8 @@ class Backend:
         load: the only place where the vendor is imported. Called once, before the first ``forward``.
         probe: reasons why the package is missing, too old or on the wrong platform, found without importing it.
         backward: ``(grad_out, call, out, lse) -> (dq, dk, dv)`` given a global ``lse``; needed for ring attention only.
+        with_lse: ``call -> names`` of backends that yield the LSE and compute what this one would, the likeliest first:
+            a ring takes them for a backend that has no LSE of its own.
         extra_reasons: limits that exist only jointly.
         adapters: names in ``adapt.ADAPTERS`` of the conversions a call needs.
         bind: ``call -> function(query, key, value)`` or None: the shortest path for calls of one shape without a
@@ -61,6 +63,7 @@ class Backend:
     load: Callable[[], None] = _nothing_to_load
     probe: Callable[[], tuple[Reason, ...]] = _no_reasons
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    with_lse: Callable[[AttentionCall], tuple[str, ...]] | None = None
     extra_reasons: Callable[[CallSpec], tuple[Reason, ...]] = _no_extra_reasons
     adapters: Callable[[CallSpec], tuple[str, ...]] = _no_adapters
     bind: Callable[[AttentionCall], Callable[[Tensor, Tensor, Tensor], Tensor] | None] | None = None

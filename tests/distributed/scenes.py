@@ -50,7 +50,7 @@ def error_to(parallel, found, whole, mask=None, **options):
 def registered_backends(parallel: ContextParallel) -> dict[str, float]:
     """Forward and gradients of the registered CPU backends, each with what it declares."""
     found = {}
-    for backend in ("reference", "_native_flash", "auto", ["_native_cudnn", "reference"]):
+    for backend in ("reference", "_native_flash", "native", "auto", ["_native_cudnn", "reference"]):
         whole = tensors(24, 4, 2)
         exact = [tensor.double().requires_grad_() for tensor in whole]
         out, _ = attention(*exact, is_causal=True)
@@ -105,7 +105,7 @@ def refusals(rank: int) -> dict[str, str]:
         "causal differs": lambda: call(is_causal=rank == 0),
         "one rank's shapes": lambda: call(tensors=(q, k[..., :4] if rank else k, v)),
         "quantised name": lambda: dispatch_parallel(q, k, v, None, 0.0, False, None, False, {}, parse("sage"), ring),
-        "no lse": lambda: dispatch_parallel(q, k, v, None, 0.0, False, None, False, {}, parse("native"), ring),
+        "no lse": lambda: dispatch_parallel(q, k, v, None, 0.0, False, None, False, {}, parse("_native_math"), ring),
         "option": lambda: dispatch_parallel(q, k, v, None, 0.0, False, None, False, {"smooth_k": True},
                                             parse("reference"), ring),
         "degrees": lambda: ContextParallel(ring=3),

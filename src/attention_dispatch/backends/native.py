@@ -21,6 +21,8 @@ from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
 from ..errors import Reason
 from ..registry import Backend
+from . import native_backward
+from .native_backward import mask_and_causal
 
 _HALF = (torch.bfloat16, torch.float16)
 _EFFICIENT_DTYPES = (torch.float32, *_HALF)
@@ -44,23 +46,13 @@ _ANY_DEVICE = Capabilities(
 )
 
 
-def _mask_and_causal(call: AttentionCall) -> tuple[Tensor | None, bool]:
-    """(mask, is_causal) for kernels with top-left causal masking that take either, but not both."""
-    if call.mask is None and call.window_size == FULL_WINDOW:
-        return None, call.is_causal
-    mask = adapt.as_dense_mask(call)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(call.query.dtype)
-    return mask, False
-
-
 def _dense_mask_adapters(spec: CallSpec) -> tuple[str, ...]:
     needs_merge = spec.window or (spec.is_causal and spec.mask != "none")
     return ("dense_mask",) if needs_merge else ()
 
 
 def _sdpa_mask_and_causal(call: AttentionCall) -> tuple[Tensor | None, bool]:
-    mask, is_causal = _mask_and_causal(call)
+    mask, is_causal = mask_and_causal(call)
     if mask is not None and mask.dtype == torch.bool and call.query.device.type == "cuda":
         # With a bool mask, the cuDNN path of SDPA averages the values for a row without keys; with an additive one
         # it returns 0 (H100, torch 2.11.0+cu130, 2026-11-25).
@@ -146,6 +138,19 @@ def _native_kernel(call: AttentionCall) -> str:
     return f"aten {aten_choice(call).name}"
 
 
+_WITH_LSE = {
+    SDPBackend.CUDNN_ATTENTION: "_native_cudnn",
+    SDPBackend.FLASH_ATTENTION: "_native_flash",
+    SDPBackend.EFFICIENT_ATTENTION: "_native_efficient",
+    SDPBackend.MATH: "reference",
+}
+
+
+def _native_with_lse(call: AttentionCall) -> tuple[str, ...]:
+    """torch's own choice first. ``reference`` stands for aten math, whose operator returns no LSE."""
+    return tuple(dict.fromkeys((_WITH_LSE.get(aten_choice(call), "_native_flash"), *_WITH_LSE.values())))
+
+
 NATIVE = Backend(
     name="native",
     family="native",
@@ -154,13 +159,14 @@ NATIVE = Backend(
     adapters=_native_adapters,
     bind=_bind_native,
     kernel=_native_kernel,
+    with_lse=_native_with_lse,
     url="https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html",
     summary="torch's scaled_dot_product_attention; torch picks the kernel",
 )
 
 
 def _math(call: AttentionCall) -> AttentionOutput:
-    mask, is_causal = _mask_and_causal(call)
+    mask, is_causal = mask_and_causal(call)
     if mask is not None:
         # The operator itself would add a bool mask as 0 and 1.
         mask = adapt.as_additive(mask, call.query.dtype)
@@ -214,7 +220,7 @@ def _flash(call: AttentionCall) -> AttentionOutput:
 
 
 def _flash_cpu(call: AttentionCall) -> AttentionOutput:
-    mask, is_causal = _mask_and_causal(call)
+    mask, is_causal = mask_and_causal(call)
     key, value = adapt.expand_kv(call)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         call.query.transpose(1, 2),
@@ -283,6 +289,7 @@ FLASH = Backend(
         ),
     ),
     forward=_flash,
+    backward=native_backward.flash,
     adapters=_flash_adapters,
     summary="aten flash: FlashAttention-2 on CUDA, the fused CPU kernel on CPU",
 )
@@ -298,7 +305,7 @@ def _gpu_probe() -> tuple[Reason, ...]:
 def _efficient(call: AttentionCall) -> AttentionOutput:
     key, value = adapt.expand_kv(call)
     head_dim_v = value.shape[3]
-    mask, is_causal = _mask_and_causal(call)
+    mask, is_causal = mask_and_causal(call)
     batch, q_len, heads, _ = call.query.shape
     bias = None
     if mask is not None:
@@ -350,6 +357,7 @@ EFFICIENT = Backend(
         ),
     ),
     forward=_efficient,
+    backward=native_backward.efficient,
     probe=_gpu_probe,
     adapters=_fused_mask_adapters,
     summary="aten memory-efficient (cutlass), CUDA",
@@ -366,7 +374,7 @@ def _cudnn(call: AttentionCall) -> AttentionOutput:
     if needs_grad and rows == 1 and call.key.shape[1] == 1:
         # cuDNN has no backward pass for one query and one key: the query is sent twice, and one result dropped.
         call = call.replaced(query=call.query.repeat(1, 2, 1, 1), is_causal=False, window_size=FULL_WINDOW)
-    mask, is_causal = _mask_and_causal(call)
+    mask, is_causal = mask_and_causal(call)
     batch, q_len, heads, _head_dim = call.query.shape
     bias = None
     if mask is not None:
@@ -412,6 +420,7 @@ CUDNN = Backend(
         ),
     ),
     forward=_cudnn,
+    backward=native_backward.cudnn,
     probe=_cudnn_probe,
     extra_reasons=lambda spec: known_bad.reasons("_native_cudnn", spec),
     adapters=_fused_mask_adapters,

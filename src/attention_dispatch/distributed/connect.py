@@ -104,7 +104,7 @@ def _pair(name: str, device: str) -> BackendPair:
 
 
 def pairs_for(request: Request, query: Tensor, key: Tensor, value: Tensor) -> tuple[BackendPair, ...]:
-    """Candidates of a request in order; a demand has one.
+    """Candidates of a request in order: a demand has one, or those that stand for it where the LSE is needed.
 
     Raises:
         BackendUnavailableError: a demand whose backend cannot be used here.
@@ -112,9 +112,14 @@ def pairs_for(request: Request, query: Tensor, key: Tensor, value: Tensor) -> tu
     if request.mode == "demand":
         registry.require(request.names[0])
     facts = BlockFacts("none", False, False, "equal", False, False, True, False)
-    extent = extent_of(AttentionCall(query, key, value))
-    names = candidates(request, _spec(query, key, value, facts), extent)
-    return tuple(_pair(name, query.device.type) for name in names)
+    local = AttentionCall(query, key, value, scale=1.0, enable_gqa=query.shape[2] != key.shape[2])
+    names: list[str] = []
+    for name in candidates(request, _spec(query, key, value, facts), extent_of(local)):
+        names.append(name)
+        with_lse = registry.get(name).with_lse
+        if with_lse is not None:
+            names += with_lse(local)
+    return tuple(_pair(name, query.device.type) for name in dict.fromkeys(names))
 
 
 def dispatch_parallel(
