@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import threading
 import warnings
@@ -301,41 +302,54 @@ def _finiteness(before: Check, call: AttentionCall, output: AttentionOutput) -> 
     return before._replace(finite=False, finite_inputs=inputs)
 
 
+_log = logging.getLogger("attention_dispatch")
 _checked: set[Any] = set()
 _reported: set[tuple[str, str]] = set()
 _lock = threading.Lock()
 
 
 def shadow_check(call: AttentionCall, spec: CallSpec, plan: Plan, output: AttentionOutput) -> None:
-    """Compare a call, once per module and kind, with exact attention; warn once per module of what is wrong.
+    """Compare a call, once per module and kind, with exact attention, and every other one with what is finite.
 
-    Runs for every call while ``ATTENTION_DISPATCH_CHECKS=numerics``.
+    Runs for every call while ``ATTENTION_DISPATCH_CHECKS=numerics``. Every comparison is logged at level INFO under the
+    name ``attention_dispatch``; what is wrong is a warning, once per module.
     """
     if not _can_compare(spec):
         return
     module = module_name()
     key = (module, spec, plan.backend.name, call.query.shape, call.key.shape)
     with _lock:
-        if key in _checked:
-            return
+        first = key not in _checked
         _checked.add(key)
-    check = compare(call, spec, plan, output)
+    if first:
+        check = compare(call, spec, plan, output)
+        _log.info(
+            "%s: %r on %r: relative error %.3g, allowed %.3g",
+            describe(call, spec), module, plan.backend.name, check.relative_l2, check.allowed,
+        )  # fmt: skip
+    else:
+        nan = float("nan")
+        unknown = Check(nan, nan, exactness.allowed(plan.backend, spec), True, True)
+        check = _finiteness(unknown, call, output)
     # What is broken before attention would be reported by every module after it: once is enough.
     about = (module, plan.backend.name) if check.finite_inputs else ("", "inputs")
     if check.ok or about in _reported:
         return
     _reported.add(about)
+    warnings.warn(f"{_finding(check, module, plan.backend.name)} ({describe(call, spec)}).", stacklevel=4)
+
+
+def _finding(check: Check, module: str, backend: str) -> str:
+    """What is wrong, in words."""
     where = f"in {module!r} " if module else ""
     if not check.finite_inputs:
-        found = f"q, k or v {where}are NaN or infinite: the cause lies before this attention"
-    elif not check.finite:
-        found = f"backend {plan.backend.name!r} {where}returned NaN or infinity for finite q, k and v"
-    else:
-        found = (
-            f"backend {plan.backend.name!r} {where}deviates from exact attention: relative error "
-            f"{check.relative_l2:.3g} (allowed {check.allowed:.3g}), largest {check.largest:.3g}"
-        )
-    warnings.warn(f"{found} ({describe(call, spec)}).", stacklevel=4)
+        return f"q, k or v {where}are NaN or infinite: the cause lies before this attention"
+    if not check.finite:
+        return f"backend {backend!r} {where}returned NaN or infinity for finite q, k and v"
+    return (
+        f"backend {backend!r} {where}deviates from exact attention: relative error "
+        f"{check.relative_l2:.3g} (allowed {check.allowed:.3g}), largest {check.largest:.3g}"
+    )
 
 
 def forget_checks() -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,11 @@ def test_tune_show_export_import_clear(tmp_path, capsys):
     file = tmp_path / "export.json"
     assert main(["tune", "--export", str(file), "--device", "cpu"]) == 0
     assert main(["tune", "--clear"]) == 0 and store.entries("cpu") == {}
-    assert main(["tune", "--import", str(file)]) == 0 and list(store.entries("cpu")) == list(found)
+    assert capsys.readouterr().out == ""
+    done = {"measurements": 1, "file": str(file)}
+    assert run_json(capsys, "tune", "--import", str(file)) == (0, done) and list(store.entries("cpu")) == list(found)
+    assert run_json(capsys, "tune", "--export", str(file), "--device", "cpu") == (0, done)
+    assert run_json(capsys, "tune", "--clear") == (0, {"deleted": [str(store.path("cpu"))]})
 
 
 def test_tune_reads_shapes_and_runs_a_script(tmp_path, capsys):
@@ -135,6 +140,10 @@ def test_tune_reads_shapes_and_runs_a_script(tmp_path, capsys):
     before = list(sys.argv)
     assert main(["tune", "--device", "cpu", *QUICKLY, "--", "python", str(script), "24"]) == 0
     assert "q (1, 24, 2, 8)" in capsys.readouterr().out and sys.argv == before
+    script.write_text("import torch\ntorch.zeros(2) @ torch.zeros(3)")
+    assert main(["tune", "--device", "cpu", "--", str(script)]) == 2
+    error = capsys.readouterr().err
+    assert f'File "{script}", line 2' in error and "raised RuntimeError" in error
     script.write_text("raise SystemExit(3)")
     assert main(["tune", "--device", "cpu", "--", str(script)]) == 2
     assert "ended with code 3" in capsys.readouterr().err
@@ -153,6 +162,14 @@ def test_doctor_says_what_is_missing_and_what_to_do(capsys):
     code, found = run_json(capsys, "doctor", "--device", "cpu", "--no-save", "native", "flash")
     assert code == 0 and [result["state"] for result in found["checked"]] == ["ok"]
     assert "->" in found["not_ready"]["flash"] and store.verdicts("cpu") == {}
+
+
+def test_doctor_says_that_a_backend_is_for_another_device(registered, capsys):
+    other = backend("fake_right")
+    rows = tuple(replace(row, devices=("cuda",)) for row in other.capabilities)
+    registered(replace(other, name="fake_elsewhere", capabilities=rows))
+    code, found = run_json(capsys, "doctor", "--device", "cpu", "--no-save", "fake_elsewhere")
+    assert code == 0 and found["checked"] == [] and "runs on cuda, not on cpu ->" in found["not_ready"]["fake_elsewhere"]
 
 
 @pytest.mark.parametrize(

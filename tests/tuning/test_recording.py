@@ -145,11 +145,35 @@ def test_numerics_mode_names_the_maker_of_nan_and_not_its_followers(x, registere
     assert "'fake_nan' in 'blocks.0.0' returned NaN" in texts[0] and "the cause lies before" in texts[1]
 
 
-def test_numerics_mode_is_silent_for_right_results(x):
+def test_numerics_mode_logs_every_error_and_warns_of_none_that_is_allowed(x, caplog):
     ad.set_checks("numerics")
+    model = Model(None, "_native_flash", "reference")
+    with warnings.catch_warnings(), caplog.at_level("INFO", logger="attention_dispatch"):
+        warnings.simplefilter("error")
+        model(x)
+        model(x)
+    lines = [record.getMessage() for record in caplog.records]
+    assert ["blocks.1.0" in line and "relative error" in line for line in lines] == [False, True, False]
+
+
+def test_numerics_mode_sees_nan_in_a_later_call(x, registered):
+    from dataclasses import replace
+
+    right, later = backend("fake_right"), []
+
+    def forward(call):
+        output = right.forward(call)
+        later.append(1)
+        return output if len(later) == 1 else output._replace(out=output.out * float("inf"))
+
+    registered(replace(right, name="breaks_later", forward=forward))
+    ad.set_checks("numerics")
+    model = Model(None, "breaks_later")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Model(None, "_native_flash", "reference")(x)
+        model(x)
+    with pytest.warns(UserWarning, match="'breaks_later' in 'blocks.1.0' returned NaN"):
+        model(x)
 
 
 @pytest.fixture

@@ -46,6 +46,9 @@ def run(options: argparse.Namespace) -> int:
             absent[name] = "; ".join(f"{reason.what} -> {reason.fix}" for reason in reasons)
         elif any(device in row.devices for row in get(name).capabilities):
             wanted.append(name)
+        else:
+            devices = ", ".join(dict.fromkeys(other for row in get(name).capabilities for other in row.devices))
+            absent[name] = f"it runs on {devices}, not on {device} -> check it there: --device"
     with console.progress("checking", len(wanted)) as advance:
 
         def checked(result: health.Health) -> None:

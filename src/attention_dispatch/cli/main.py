@@ -16,7 +16,7 @@ _EPILOG = """\
 exit codes:
   0  done, nothing wrong
   1  something is wrong: a backend computes wrong results (doctor, bench), or the call is refused (explain)
-  2  the command was used wrongly
+  2  the command was used wrongly, or the program given to tune failed
 
 examples:
   attention-dispatch list

@@ -6,6 +6,7 @@ import argparse
 import json
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ EXAMPLES = """\
   attention-dispatch tune -- python my_script.py --steps 1     measures the calls the script dispatches
   attention-dispatch tune --show
   attention-dispatch tune --export here.json; attention-dispatch tune --import here.json"""
+
+
+_KEPT = "what was measured before that is kept."
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +49,14 @@ def run(options: argparse.Namespace) -> int:
         return _show(options, device.type)
     if options.export:
         options.export.write_text(json.dumps(store.export(device.type), indent=1, sort_keys=True), encoding="utf-8")
-        print(f"{len(store.entries(device.type))} measurements written to {options.export}", file=sys.stderr)
-        return 0
+        count = len(store.entries(device.type))
+        return _done(options, {"measurements": count, "file": str(options.export)}, f"{count} measurements written")
     if options.adopt:
         count = store.adopt(json.loads(options.adopt.read_text(encoding="utf-8")))
-        print(f"{count} measurements taken over", file=sys.stderr)
-        return 0
+        return _done(options, {"measurements": count, "file": str(options.adopt)}, f"{count} measurements taken over")
     if options.clear:
-        for file in store.clear():
-            print(f"deleted {file}", file=sys.stderr)
-        return 0
+        deleted = [str(file) for file in store.clear()]
+        return _done(options, {"deleted": deleted}, "\n".join(f"deleted {file}" for file in deleted))
     wanted = calls.wanted(options)
     if not wanted and not options.script:
         raise ValueError("say what to measure: --model NAME, --shapes FILE, --seq N, or -- python script.py.")
@@ -67,6 +69,14 @@ def run(options: argparse.Namespace) -> int:
         if options.script:
             _run_script(options.script)
     _report(options, scope, device.type)
+    return 0
+
+
+def _done(options: argparse.Namespace, data: dict[str, object], text: str) -> int:
+    if options.json:
+        print(json.dumps(data, indent=2))
+    else:
+        print(text, file=sys.stderr)
     return 0
 
 
@@ -83,7 +93,11 @@ def _run_shape(shape: shapes.Shape, device: torch.device) -> None:
 
 
 def _run_script(command: list[str]) -> None:
-    """Run ``[python] script.py arguments`` or ``[python] -m module arguments`` in this process."""
+    """Run ``[python] script.py arguments`` or ``[python] -m module arguments`` in this process.
+
+    Raises:
+        RuntimeError: it failed; its traceback is printed.
+    """
     if Path(command[0]).name.startswith("python"):
         command = command[1:]
     if not command:
@@ -100,7 +114,10 @@ def _run_script(command: list[str]) -> None:
             runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         if end.code:
-            raise RuntimeError(f"{' '.join(command)} ended with code {end.code}; nothing is kept.") from end
+            raise RuntimeError(f"{' '.join(command)} ended with code {end.code}; {_KEPT}") from end
+    except Exception as error:  # whatever the program of the user raises is its own affair
+        traceback.print_exc()
+        raise RuntimeError(f"{' '.join(command)} raised {type(error).__name__}; {_KEPT}") from error
     finally:
         sys.argv, sys.path[0] = before
 
