@@ -208,6 +208,8 @@ def _dispatch(
     parallel_config: Any,
 ) -> Any:
     """The long way: validate, decide or remember the decision, run."""
+    if parallel_config is None:
+        parallel_config = current.state.fields.get("parallel")
     if parallel_config is not None:
         from .distributed import as_context_parallel, dispatch_parallel
 

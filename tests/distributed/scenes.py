@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
-from attention_dispatch import dispatch_attention_fn
+from attention_dispatch import dispatch_attention_fn, set_attention_backend
 from attention_dispatch.distributed import (
     ContextParallel,
     as_context_parallel,
@@ -21,7 +22,7 @@ from attention_dispatch.distributed import (
     gather,
     shard,
 )
-from attention_dispatch.request import parse
+from attention_dispatch.request import current, parse
 
 from .oracle import TorchPair, attention
 from .product import relative_error
@@ -110,7 +111,8 @@ def refusals(rank: int) -> dict[str, str]:
                                             parse("reference"), ring),
         "degrees": lambda: ContextParallel(ring=3),
         "not set up": lambda: as_context_parallel(SimpleNamespace(ring_degree=2, ulysses_degree=1)),
-        "no carrier": lambda: context_parallel(torch.nn.Linear(2, 2), ring=2),
+        "no attention": lambda: context_parallel(torch.nn.Linear(2, 2), ring=2),
+        "hidden attention": lambda: context_parallel(torch.nn.TransformerEncoderLayer(8, 2), ring=2),
         "block mask": lambda: call(mask=object()),
     }
     found = {name: outcome(case).split("\n\n")[0] for name, case in cases.items()}
@@ -184,36 +186,59 @@ def resident_keys(rank: int, world: int) -> dict[str, int]:
 
 
 class Attention(torch.nn.Module):
-    """Self-attention that carries the setting the way diffusers' processors do."""
+    """Self-attention; ``style`` says how it calls, and whether it carries the setting as diffusers' processors do."""
 
-    def __init__(self):
+    def __init__(self, style="carrier"):
         super().__init__()
         torch.manual_seed(0)
         self.project = torch.nn.Linear(16, 48)
-        self._parallel_config = None
+        self.style = style
+        if style == "carrier":
+            self._parallel_config = None
 
     def forward(self, hidden):
         q, k, v = self.project(hidden).unflatten(-1, (3, 4, 4)).unbind(2)
-        if self._parallel_config is None:
-            return attention(q, k, v)[0].flatten(2)
-        return dispatch_parallel(q, k, v, None, 0.0, False, None, False, {}, parse("reference"),
-                                 self._parallel_config).flatten(2)
+        if self.style == "sdpa":
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        parallel = getattr(self, "_parallel_config", None)
+        return dispatch_attention_fn(q, k, v, is_causal=True, parallel_config=parallel).flatten(2)
 
 
-def whole_model(world: int) -> dict[str, float]:
-    """Output and parameter gradients of a sharded model against the same model alone."""
+class Block(torch.nn.Module):
+    """A model around it, which keeps a setting for itself, as diffusers' models do."""
+
+    _parallel_config = None
+
+    def __init__(self, style):
+        super().__init__()
+        self.attention = Attention(style)
+
+    def forward(self, hidden):
+        return hidden + self.attention(hidden)
+
+
+def whole_model(world: int, style: str, backend: str | None = None) -> dict[str, float]:
+    """Output and parameter gradients of a sharded model against the same model alone, before and after."""
     hidden = torch.randn(2, 13, 16, generator=torch.Generator().manual_seed(1))
-    alone, model = Attention(), Attention()
+    alone, model = Block(style), Block(style)
+    # Calls of the same shapes outside must not share their short way with those inside.
+    local = hidden[:, :7] if dist.get_rank() == 0 else hidden[:, 7:]
+    before = alone(local)
     wanted = alone(hidden)
     wanted.square().sum().backward()
     parallel = context_parallel(model, ring=world, inputs={"hidden": 1}, output=1)
+    if backend is not None:
+        set_attention_backend(model, backend)
     found = model(hidden=hidden)
     found.square().sum().backward()
-    gradient = model.project.weight.grad
+    gradient = model.attention.project.weight.grad
     dist.all_reduce(gradient)
     assert parallel.world == world
+    assert current.state.fields.get("parallel") is None
     return {"out": relative_error(found.detach(), wanted.detach().double()),
-            "grad": relative_error(gradient, alone.project.weight.grad.double())}
+            "grad": relative_error(gradient, alone.attention.project.weight.grad.double()),
+            "outside": relative_error(alone(local).detach(), before.detach().double())}
 
 
 def foreign_config(rank: int, world: int) -> dict[str, Any]:
@@ -269,7 +294,10 @@ def two_ranks(rank: int) -> dict[str, Any]:
         "ring windows as masks": lambda: windows(ring, False),
         "ulysses windows": lambda: windows(ulysses, True),
         "agreed once": lambda: {str(i): error_to(first, dispatched(first, whole), whole) for i in range(3)},
-        "model": lambda: whole_model(2),
+        "model": lambda: whole_model(2, "carrier"),
+        "model without the attribute": lambda: whole_model(2, "plain"),
+        "model of torch": lambda: whole_model(2, "sdpa"),
+        "routed model of torch": lambda: whole_model(2, "sdpa", "reference"),
         "foreign": lambda: foreign_config(rank, 2),
         "compiled": lambda: compiled_ulysses(2),
         "resident": lambda: resident_keys(rank, 2),

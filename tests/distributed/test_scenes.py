@@ -8,7 +8,8 @@ from .worlds import run_world
 
 JOBS = {2: "tests.distributed.scenes:two_ranks", 3: "tests.distributed.scenes:three_ranks"}
 EXACT = [(2, name) for name in ("ring backends", "ulysses backends", "ulysses native", "ring windows",
-                                "ring windows as masks", "ulysses windows", "agreed once", "model", "compiled",
+                                "ring windows as masks", "ulysses windows", "agreed once", "model",
+                                "model without the attribute", "model of torch", "routed model of torch", "compiled",
                                 "few tokens")]
 EXACT += [(3, name) for name in ("ring windows", "uneven heads", "fewer heads than ranks", "fewer tokens than ranks",
                                  "gather")]
@@ -24,7 +25,8 @@ REFUSED = {
     "option": ("InvalidCallError", "smooth_k"),
     "degrees": ("InvalidCallError", "plan_parallelism"),
     "not set up": ("InvalidCallError", "enable_parallelism"),
-    "no carrier": ("InvalidCallError", "parallel_config=parallel"),
+    "no attention": ("InvalidCallError", "no module of it computes attention"),
+    "hidden attention": ("InvalidCallError", "self_attn: nn.MultiheadAttention may compute attention by hand"),
     "block mask": ("InvalidCallError", "cannot be divided"),
 }
 

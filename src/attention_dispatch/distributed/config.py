@@ -175,6 +175,14 @@ def _read_mesh(
     return ranks, ring, ulysses, groups
 
 
+class Local:
+    """A ``parallel_config`` that says that this call stays on this rank, whatever is set around it."""
+
+    context_parallel_config = None
+
+
+LOCAL = Local()
+
 _converted: dict[int, tuple[weakref.ref, ContextParallel]] = {}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InvalidCallError
+from ..sites import Site, find_sites
 from .config import ContextParallel
 from .exchange import gather_shards
+from .inside import put_inside
 
 _CARRIER = "_parallel_config"
 
@@ -65,25 +68,29 @@ def context_parallel(
     ulysses: int | None = None,
     inputs: Mapping[str, int] | None = None,
     output: int | None = None,
+    exclude: str | Sequence[str] = (),
     **options: Any,
 ) -> ContextParallel:
     """Split the sequence of a model's attention over the ranks of a mesh.
 
-    The setting is put where models that call ``dispatch_attention_fn(..., parallel_config=self._parallel_config)``
-    carry it: on every submodule, or its ``processor``, that has the attribute ``_parallel_config``, as diffusers'
-    attention processors do. Everything else in the model has to treat tokens independently of each other.
+    Every module that computes attention is found: those that call ``dispatch_attention_fn(...,
+    parallel_config=self._parallel_config)`` get the setting as that attribute (of the module or its ``processor``, as in
+    diffusers); for others that call ``scaled_dot_product_attention`` or ``dispatch_attention_fn`` it counts while their
+    forward runs. Everything else in the model has to treat tokens independently of each other.
 
     Args:
         model: the model, or None to get the setting alone, for ``parallel_config=`` of single calls.
         mesh, ring, ulysses, options: see :class:`~.config.ContextParallel`.
         inputs: names of the model's keyword arguments to shard before its forward, each with its token dimension.
         output: token dimension along which the model's output (a tensor, or the first of a tuple) is gathered.
+        exclude: shell-style patterns of names of modules whose attention stays local: cross-attention to keys that
+            every rank holds whole gives the same result either way, and is faster local.
 
     Returns:
         The setting.
 
     Raises:
-        InvalidCallError: no part of the model carries the attribute, so its attention would stay local to each rank.
+        InvalidCallError: some attention of the model cannot be reached, so it would stay local to each rank.
 
     Example:
         >>> parallel = context_parallel(None, ring=1, ulysses=1)  # doctest: +SKIP
@@ -91,15 +98,7 @@ def context_parallel(
     parallel = ContextParallel(mesh, ring=ring, ulysses=ulysses, **options)
     if model is None:
         return parallel
-    carriers = list(_carriers(model))
-    if not carriers:
-        raise InvalidCallError(
-            f"no module of {type(model).__name__} has the attribute {_CARRIER!r}: its attention would see this rank's "
-            "tokens only.\n  Do:    pass parallel_config=parallel in the model's calls of dispatch_attention_fn, with "
-            "parallel = context_parallel(None, mesh, ...)."
-        )
-    for carrier in carriers:
-        setattr(carrier, _CARRIER, parallel)
+    give(model, parallel, (exclude,) if isinstance(exclude, str) else tuple(exclude))
     if inputs:
         model.register_forward_pre_hook(_sharder(dict(inputs), parallel), with_kwargs=True)
     if output is not None:
@@ -107,11 +106,49 @@ def context_parallel(
     return parallel
 
 
-def _carriers(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        for holder in (module, getattr(module, "processor", None)):
+def give(model: nn.Module, parallel: ContextParallel, exclude: Sequence[str] = ()) -> None:
+    """Put the setting on every module of a model that computes attention; see :func:`context_parallel`."""
+    sites = find_sites(model)
+    carriers = list(_carriers(model, sites))
+    carrying = {id(carrier) for _, carrier in carriers}
+    carriers = [carrier for name, carrier in carriers if not _matches(name, exclude)]
+    sites = [site for site in sites if not {id(site.module), id(site.holder)} & carrying]
+    sites = [site for site in sites if not _matches(site.name, exclude)]
+    unreachable = [
+        f"{site.name or type(model).__name__}: {site.why or 'nn.MultiheadAttention may compute attention by hand'}"
+        for site in sites
+        if not site.routable or isinstance(site.module, nn.MultiheadAttention)
+    ]
+    if unreachable or not (carriers or sites):
+        why = "; ".join(unreachable) or "no module of it computes attention that can be reached"
+        raise InvalidCallError(
+            f"attention of {type(model).__name__} would see this rank's tokens only.\n  Why:   {why}\n"
+            "  Do:    call scaled_dot_product_attention or dispatch_attention_fn there, or leave the module out: "
+            "context_parallel(..., exclude=name)."
+        )
+    for carrier in carriers:
+        setattr(carrier, _CARRIER, parallel)
+    for site in sites:
+        put_inside(site.module, parallel)
+
+
+def has_carriers(model: nn.Module) -> bool:
+    """Whether some module that computes attention takes the setting as an attribute."""
+    return any(True for _ in _carriers(model, find_sites(model)))
+
+
+def _carriers(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, Any]]:
+    """(module name, object with the attribute). A model that keeps it for itself, with attention inside, is none."""
+    for name, module in model.named_modules():
+        parts = {id(part) for part in module.modules() if part is not module}
+        own = () if any(id(site.module) in parts for site in sites) else (module,)
+        for holder in (*own, getattr(module, "processor", None)):
             if holder is not None and hasattr(holder, _CARRIER):
-                yield holder
+                yield name, holder
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _sharder(inputs: dict[str, int], parallel: ContextParallel) -> Any:

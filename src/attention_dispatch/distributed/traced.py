@@ -14,7 +14,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from ..errors import InvalidCallError
 from ..request import Request
-from .config import ContextParallel
+from .config import LOCAL, ContextParallel
 
 
 def traced_attention(
@@ -62,11 +62,31 @@ def traced_attention(
         )
     if world == 1:
         return dispatch_attention_fn(
-            query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None, backend=request
+            query,
+            key,
+            value,
+            attn_mask,
+            0.0,
+            is_causal,
+            scale,
+            enable_gqa,
+            options or None,
+            backend=request,
+            parallel_config=LOCAL,
         )
     query, key, value = (_to_heads(tensor, world, parallel) for tensor in (query, key, value))
     out = dispatch_attention_fn(
-        query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, options or None, backend=request
+        query,
+        key,
+        value,
+        attn_mask,
+        0.0,
+        is_causal,
+        scale,
+        enable_gqa,
+        options or None,
+        backend=request,
+        parallel_config=LOCAL,
     )
     return _to_tokens(out, world, parallel)
 
