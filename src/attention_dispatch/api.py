@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import registry, settings
+from . import refusal, registry, settings
 from .bound import Run, short_way
 from .call import STANDARD_KWARGS, AttentionCall, AttentionOutput, CallSpec, canonicalise, spec_of
 from .decision import Decision, decide
-from .errors import InvalidCallError
+from .errors import AttentionDispatchError, InvalidCallError
 from .request import Request, current, environment, parsed
 from .resolve import plan_for
 from .tuning import store
@@ -271,7 +272,13 @@ traced_choices: dict[tuple[Request, CallSpec], str] = {}
 def _traced_choice(mode: str, names: tuple[str, ...], *facts: Any) -> str:
     """The backend's name as a constant of the graph: a decision imports, locks and formats, which cannot be traced."""
     request, spec = Request(mode, names), CallSpec(*facts)
-    backend = plan_for(request, spec).backend
+    try:
+        backend = plan_for(request, spec).backend
+    except AttentionDispatchError as error:
+        refused = f"refused: {request} {spec}"
+        refusal.remember(refused, error)
+        _forwards[refused] = partial(refusal.raised, refused)
+        return refused
     _forwards[backend.name] = backend.forward
     traced_choices[request, spec] = backend.name
     return backend.name

@@ -103,10 +103,11 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         ("sage", "sage_varlen"),
         "note",
         _installed("sageattention", "1.0.6", "1.0.6"),
-        lambda spec: True,
-        "SageAttention 1.0.6 with Triton 3.6 is wrong for key lengths that are no multiple of 64 (relative error 0.14 at "
-        "200 keys, 0.019 at 1000, 0.013 at 256; H100, 2026-11-25), so the first-use self-test refuses it",
-        "install SageAttention 2 instead: pip install git+https://github.com/thu-ml/SageAttention --no-build-isolation.",
+        lambda spec: not spec.is_causal,
+        "SageAttention 1.0.6 counts the missing keys of its last block of 64; a second call repairs what the first returns "
+        "where a sequence of keys is no multiple of 64 long, for twice the time",
+        "pad keys to a multiple of 64 under a mask, or install SageAttention 2: "
+        "pip install git+https://github.com/thu-ml/SageAttention --no-build-isolation.",
         "https://pypi.org/project/sageattention/1.0.6/",
     ),
     KnownBad(

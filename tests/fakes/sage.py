@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +21,7 @@ _ACCUMULATORS = {
 
 @torch.no_grad()
 def sage_1(contract: FunctionContract, record: str, call: SimpleNamespace) -> Tensor:
-    """SageAttention 1.0.6: no LSE, and ``k -= k.mean()`` on the caller's tensor."""
+    """SageAttention 1.0.6: no LSE, ``k -= k.mean()`` on the caller's tensor, and nothing hidden behind the last key."""
     _check(call, (torch.float16, torch.bfloat16, torch.float32))
     varlen = contract.name == "sageattn_varlen"
     dims = (64, 128) if varlen else (64, 96, 128)
@@ -29,7 +30,22 @@ def sage_1(contract: FunctionContract, record: str, call: SimpleNamespace) -> Te
     if call.smooth_k:
         sequence = 0 if varlen else 1 if call.tensor_layout == "NHD" else 2
         call.k -= call.k.mean(dim=sequence, keepdim=True)
-    return _varlen(call) if varlen else _dense(call)[0]
+    return _varlen(call, _unhidden) if varlen else _dense(call, _unhidden)[0]
+
+
+def _unhidden(query: Tensor, key: Tensor, value: Tensor, scale: float, allowed: Tensor | None, bias: None):
+    """Attention in blocks of 64 keys filled up with zeros, which only causal masking hides.
+
+    Causal blocks of 128 queries read the scale of a block of keys that need not exist; it is NaN here.
+    """
+    length = key.shape[2]
+    if allowed is not None:
+        out, lse = attend(query, key, value, scale=scale, allowed=allowed)
+        if 0 < length % 128 <= 64:
+            out[-1, -1, length // 128 * 128 :] = float("nan")
+        return out, lse
+    key, value = (torch.nn.functional.pad(tensor, (0, 0, 0, -length % 64)) for tensor in (key, value))
+    return attend(query, key, value, scale=scale)
 
 
 @torch.no_grad()
@@ -66,7 +82,11 @@ def _lse_correction(call: SimpleNamespace) -> Tensor:
     return query @ mean.transpose(2, 3)
 
 
-def _dense(call: SimpleNamespace) -> tuple[Tensor, Tensor]:
+def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float, allowed: Tensor | None, bias: Tensor | None):
+    return attend(query, key, value, scale=scale, allowed=allowed, bias=bias)
+
+
+def _dense(call: SimpleNamespace, compute: Callable = _exact) -> tuple[Tensor, Tensor]:
     if call.tensor_layout not in ("NHD", "HND"):
         raise ValueError(f"tensor_layout {call.tensor_layout} not supported")
     tensors = [call.q, call.k, call.v]
@@ -89,16 +109,16 @@ def _dense(call: SimpleNamespace) -> tuple[Tensor, Tensor]:
         allowed, bias = (mask, None) if mask.dtype == torch.bool else (None, mask.double() * math.log(2))
         if bias is not None and bool((bias == float("-inf")).any()):
             raise AssertionError("a tile of -inf turns into NaN")
-    out, lse = attend(query, key, value, scale=_scale(call), allowed=allowed, bias=bias)
+    out, lse = compute(query, key, value, _scale(call), allowed, bias)
     return (out.transpose(1, 2) if call.tensor_layout == "NHD" else out), lse
 
 
-def _varlen(call: SimpleNamespace) -> Tensor:
+def _varlen(call: SimpleNamespace, compute: Callable = _exact) -> Tensor:
     def one_sequence(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if call.is_causal and query.shape[2] != key.shape[2]:
             raise AssertionError("is_causal is only defined for equal lengths")
         allowed = band(query.shape[2], key.shape[2], -1, 0) if call.is_causal else None
-        return attend(query, key, value, scale=_scale(call), allowed=allowed)
+        return compute(query, key, value, _scale(call), allowed, None)
 
     starts = call.cu_seqlens_q, call.cu_seqlens_k
     return packed(call.q, call.k, call.v, *starts, call.max_seqlen_q, call.max_seqlen_k, one_sequence)[0]

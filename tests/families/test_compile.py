@@ -6,7 +6,7 @@ import pytest
 import torch
 from family_rows import ROWS
 
-from attention_dispatch import dispatch_attention_fn
+from attention_dispatch import BackendRejectedError, BackendUnavailableError, dispatch_attention_fn
 from attention_dispatch.backends.reference import attention
 from attention_dispatch.call import canonicalise
 
@@ -141,3 +141,28 @@ def test_sage_options_reach_the_kernel_in_a_graph(on_cpu):
         attend(query, key, value)
     asked = calls.calls[-1][1]
     assert {option: asked[option] for option in options} == options
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_refusal_in_a_graph_is_the_refusal_of_an_eager_call(fullgraph, requires_grad, on_cpu):
+    on_cpu("flash", "flash_attn-2.8.3")
+    call = [*tensors(requires_grad=requires_grad), torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()]
+
+    def attend(query, key, value, mask):
+        return dispatch_attention_fn(query * 1.0, key, value, mask, backend="flash") + 1.0
+
+    compiled = torch.compile(attend, fullgraph=fullgraph, backend="aot_eager")
+    for _ in range(2):
+        with pytest.raises(BackendRejectedError, match="backend 'flash' cannot run this call") as caught:
+            compiled(*call)
+        assert caught.value.codes == ("mask",)
+
+
+def test_an_unavailable_backend_in_a_graph_says_what_to_install(registered):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(query):
+        return dispatch_attention_fn(query, query, query, backend="_native_npu", attention_kwargs={"return_lse": True})
+
+    with pytest.raises((BackendUnavailableError, BackendRejectedError), match="npu"):
+        attend(tensors()[0])

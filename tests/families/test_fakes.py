@@ -130,9 +130,18 @@ def test_flash_varlen_leaves_unused_rows_unwritten(record):
 def test_sage_1_centres_the_callers_keys_in_place():
     query, key, value = tensors()
     before = key.clone()
-    out = functions("sageattention-1.0.6")["sageattn"](query, key, value, tensor_layout="NHD", sm_scale=0.3)
-    assert_close(out, oracle(query, before, value, 0.3)[0])
-    assert not torch.equal(key, before)
+    functions("sageattention-1.0.6")["sageattn"](query, key, value, tensor_layout="NHD", sm_scale=0.3)
+    assert torch.allclose(key, before - before.mean(1, keepdim=True))
+
+
+def test_sage_1_counts_the_missing_keys_of_its_last_block():
+    query, key, value = tensors(batch=1)
+    fake = functions("sageattention-1.0.6")["sageattn"]
+    out = fake(query, key, value, tensor_layout="NHD", sm_scale=0.3, smooth_k=False)
+    filled = [torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, 57)) for tensor in (key, value)]
+    assert_close(out, oracle(query, *filled, 0.3)[0])
+    causal = fake(query, key, value, tensor_layout="NHD", is_causal=True)
+    assert causal[-1, :, -1].isnan().all() and not causal[-1, :, :-1].isnan().any()
 
 
 def test_sage_detaches_its_output():

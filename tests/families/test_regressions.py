@@ -6,7 +6,7 @@ import pytest
 import torch
 from family_rows import BACKENDS, ROWS
 
-from attention_dispatch import BackendRejectedError, BackendUnavailableError, dispatch_attention_fn
+from attention_dispatch import BackendRejectedError, BackendUnavailableError, InvalidCallError, dispatch_attention_fn
 from attention_dispatch.backends.reference import attention
 from attention_dispatch.call import canonicalise, spec_of
 from attention_dispatch.capabilities import reasons_against
@@ -145,6 +145,38 @@ def test_sage_1_leaves_the_callers_keys_alone(name, record, on_cpu):
     for _ in range(2):
         dispatch_attention_fn(query, key, value, backend=name)
     assert torch.equal(key, before)
+
+
+@pytest.mark.parametrize(("name", "record"), [row for row in ROWS if row[1] == "sageattention-1.0.6"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length", [1, 64, 70, 130, 200])
+def test_sage_1_counts_no_keys_behind_the_last_one(name, record, is_causal, length, on_cpu):
+    on_cpu(name, record)
+    check(name, *tensors(length), is_causal=is_causal)
+
+
+def test_sage_1_counts_no_keys_behind_the_last_one_of_any_sequence(on_cpu):
+    on_cpu("sage_varlen", "sageattention-1.0.6")
+    keep = torch.arange(128) < torch.tensor([[64], [100], [0]])
+    check("sage_varlen", *tensors(128, batch=3), keep)
+
+
+def test_sage_1_runs_once_where_blocks_are_full(on_cpu):
+    _, calls = on_cpu("sage", "sageattention-1.0.6")
+    runs = []
+    for length in (64, 63):
+        before = len(calls.calls)
+        dispatch_attention_fn(*tensors(length), backend="sage")
+        # The first-use self-test has calls of its own, at another length.
+        runs.append(sum(asked["q"].shape[1] == length for _, asked in calls.calls[before:]))
+    assert runs == [1, 2]
+
+
+def test_sage_1_refuses_keys_that_are_not_centred(on_cpu):
+    on_cpu("sage", "sageattention-1.0.6")
+    dispatch_attention_fn(*tensors(), backend="sage", attention_kwargs={"smooth_k": True})
+    with pytest.raises(InvalidCallError, match="SageAttention 2"):
+        dispatch_attention_fn(*tensors(), backend="sage", attention_kwargs={"smooth_k": False})
 
 
 def test_sage_triton_takes_a_mask_that_sageattn_would_swallow(on_cpu):

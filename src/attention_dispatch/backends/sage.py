@@ -1,8 +1,8 @@
 """SageAttention 1.0.6 and 2: INT8 products of q and k, forward only.
 
-https://github.com/thu-ml/SageAttention. ``NHD`` is BSHD. Version 1 (Triton) centres the caller's keys in place and has
-no LSE; version 2 drops what its ``**kwargs`` swallow, and takes a mask in its Triton variant only. Neither has a
-backward pass: an output computed under autograd would come back detached.
+https://github.com/thu-ml/SageAttention. ``NHD`` is BSHD. Version 1 (Triton, see ``sage_1``) centres the caller's keys
+in place and has no LSE; version 2 drops what its ``**kwargs`` swallow, and takes a mask in its Triton variant only.
+Neither has a backward pass: an output computed under autograd would come back detached.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..capabilities import Capabilities, Tolerance
 from ..errors import InvalidCallError, Reason
 from ..masks import derived
 from ..registry import Backend
-from . import source, traced
+from . import sage_1, source, traced
 from .source import HubKernel, Package, Source
 from .traced import Arguments, Extras
 
@@ -210,6 +210,11 @@ def _options(arguments: Arguments) -> dict:
 def _body(variant: _Variant) -> traced.Body:
     def body(query: Tensor, key: Tensor, value: Tensor, extras: Extras, arguments: Arguments):
         function = source.functions(variant.source)[variant.function]
+        query, key, value = (
+            tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)
+        )
+        if _is_first_generation(variant):
+            return _first_generation(function, query, key, value, extras, arguments), None
         accepted = source.parameters(function)
         keywords = {"is_causal": arguments.is_causal, "sm_scale": arguments.scale, **_options(arguments)}
         if variant.function == "sageattn_varlen":
@@ -224,15 +229,24 @@ def _body(variant: _Variant) -> traced.Body:
         dropped = set(keywords) - accepted
         if dropped:
             raise TypeError(f"{variant.function} would silently drop {', '.join(sorted(dropped))}")
-        if _is_first_generation(variant):
-            key = key.clone()
-        query, key, value = (
-            tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)
-        )
         result = function(query, key, value, **keywords)
         return result if arguments.return_lse else (result, None)
 
     return body
+
+
+def _first_generation(
+    function: Callable, query: Tensor, key: Tensor, value: Tensor, extras: Extras, arguments: Arguments
+) -> Tensor:
+    if not _options(arguments).get("smooth_k", True):
+        raise InvalidCallError("smooth_k=False needs SageAttention 2: its version 1 is exact for centred keys only.")
+    if query.dim() == 4:
+        return sage_1.dense(function, query, key, value, arguments.scale, arguments.is_causal)
+    query_starts, key_starts = extras[:2]
+    assert query_starts is not None and key_starts is not None
+    longest = arguments.longest_query, arguments.longest_key
+    starts = query_starts, key_starts
+    return sage_1.packed(function, query, key, value, starts, longest, arguments.scale, arguments.is_causal)
 
 
 def _is_first_generation(variant: _Variant) -> bool:
