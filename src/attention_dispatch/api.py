@@ -14,6 +14,7 @@ from .bound import Run, short_way
 from .call import STANDARD_KWARGS, AttentionCall, AttentionOutput, CallSpec, canonicalise, spec_of
 from .decision import Decision, decide
 from .errors import AttentionDispatchError, InvalidCallError
+from .origin import origin_of
 from .request import Request, current, environment, parsed
 from .resolve import plan_for
 from .tuning import store
@@ -174,7 +175,7 @@ def explain(
     """
     call = _canonical(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
     request = request_for(backend).for_lengths(call.query.shape[1], call.key.shape[1])
-    return decide(call, request, device)
+    return decide(call, request, device, origin_of(backend))
 
 
 def request_for(backend: Any) -> Request:

@@ -12,6 +12,7 @@ import torch
 from . import adapt, known_bad, preference, registry
 from .call import AttentionCall, CallSpec, architecture, describe, spec_of
 from .errors import BackendRejectedError, BackendUnavailableError, NoBackendError, Reason
+from .origin import BY_CALL, Origin
 from .request import Request
 from .resolve import Verdict, extent_of, plan_for, verdict_on
 from .tuning import store
@@ -54,7 +55,7 @@ class Decision:
     """What would happen to a call.
 
     Attributes:
-        request: what was asked for.
+        request: what was asked for. origin: by whom; see ``origin.Origin``.
         call: the call in words.
         spec: its facts.
         backend: name of the backend that runs it; None if it is refused.
@@ -80,6 +81,7 @@ class Decision:
     counterfactuals: tuple[Counterfactual, ...] = ()
     times_us: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    origin: Origin = BY_CALL
 
     def why_not(self, name: str) -> tuple[Reason, ...]:
         """The reasons against a backend; empty if it could run the call."""
@@ -88,6 +90,7 @@ class Decision:
     def to_json(self) -> str:
         data: dict[str, Any] = asdict(self)
         data["counterfactuals"] = [counterfactual._asdict() for counterfactual in self.counterfactuals]
+        data["origin"] = self.origin._asdict()
         data["spec"] = {field: str(value) for field, value in self.spec._asdict().items()}
         data["verdicts"] = [
             {"backend": name, "reasons": [reason._asdict() for reason in reasons]} for name, reasons in self.verdicts
@@ -95,7 +98,7 @@ class Decision:
         return json.dumps(data, indent=2)
 
     def __str__(self) -> str:
-        lines = [f"Call:     {self.call}", f"Request:  {self.request}"]
+        lines = [f"Call:     {self.call}", f"Request:  {self.request} ({self.origin})"]
         kernel = f" ({self.kernel})" if self.kernel else ""
         lines.append(f"Backend:  {self.backend}{kernel}" if self.backend else "Backend:  none: the call is refused")
         lines += [f"Copies:   {copy.adapter}: {copy.what}, {copy.bytes:,} bytes" for copy in self.copies]
@@ -114,7 +117,9 @@ class Decision:
         return "\n".join(lines)
 
 
-def decide(call: AttentionCall, request: Request, device: str | torch.device | None = None) -> Decision:
+def decide(
+    call: AttentionCall, request: Request, device: str | torch.device | None = None, origin: Origin = BY_CALL
+) -> Decision:
     """The :class:`Decision` on a call; loads vendor packages only to find out whether they are usable."""
     spec = _on_device(spec_of(call), device)
     name, error = None, None
@@ -127,6 +132,7 @@ def decide(call: AttentionCall, request: Request, device: str | torch.device | N
     extent = extent_of(call)
     common: dict[str, Any] = {
         "request": str(request),
+        "origin": origin,
         "call": describe(call, spec),
         "spec": spec,
         "verdicts": verdicts,

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
-from . import policies, registry
+from . import registry
+from .assignment import assign, matching
 from .errors import InvalidCallError
-from .interception import intercept_everywhere
+from .policies import matcher
 from .request import ROLES, Request
-from .scopes import Choice, Schedule, choice_of, has_scope, remove_scope, set_scope, use_nested_tensors
+from .routing import apply, loaded, restore, setting
+from .scopes import Choice, use_nested_tensors
 from .sites import Site, find_sites
-
-_MISSING = "<missing>"
-_SAVED = "_attention_backend_before"
+from .steps import Schedule
 
 
 class Report(NamedTuple):
@@ -90,9 +90,10 @@ def set_attention_backend(
             sites.append(site._replace(name=name))
             component_of[id(site.module)] = component
     assignment, left = _assign(model, sites, request, include, exclude, component_of)
+    assignment, refused = _accepted(assignment)
     _check(assignment)
-    left += [(site.name, _keeps(site, why)) for site, why in _left(sites, assignment, include, exclude)]
-    _apply([part for _, part in parts], assignment, sites)
+    left += [(site.name, _keeps(site, why)) for site, why in _left(sites, assignment, refused, include, exclude)]
+    apply([part for _, part in parts], assignment, sites)
     return Report(tuple((site.name, str(choice)) for site, choice in assignment), tuple(left))
 
 
@@ -100,9 +101,9 @@ def reset_attention_backend(model: Any) -> None:
     """Undo every :func:`set_attention_backend` on a model and its submodules: what was there before is there again."""
     for _component, part in _parts(model):
         for site in find_sites(part):
-            _restore(site)
+            restore(site)
         use_nested_tensors(part, True)
-        for integration in _loaded("transformers"):
+        for integration in loaded("transformers"):
             integration.release(part)
 
 
@@ -162,12 +163,27 @@ def _assign(
         left += [(site.name, "not a diffusers model: name it in policies.components") for site in foreign]
         routable = [site for site in routable if site not in foreign]
     for pattern in (*_patterns(include), *_patterns(exclude)):
-        policies._matching(pattern, routable, range(len(routable)))
+        matching(pattern, routable, range(len(routable)))
     narrowed = [site for site in routable if not _outside(site, include, exclude)]
-    wanted = policies.assign(request, narrowed, lambda site: component_of[id(site.module)] or None)
+    wanted = assign(request, narrowed, lambda site: component_of[id(site.module)] or None)
     if not wanted:
         raise InvalidCallError(_nothing_routed(model, sites))
     return [(narrowed[index], choice) for index, choice in sorted(wanted.items())], left
+
+
+def _accepted(
+    assignment: Sequence[tuple[Site, Choice]],
+) -> tuple[list[tuple[Site, Choice]], dict[int, str]]:
+    """The assignment without modules that would refuse their request when they run; and, by module, why they would."""
+    refused: dict[int, str] = {}
+    for integration in loaded("diffusers"):
+        for site, choice in assignment:
+            if why := integration.refusal(site.holder, choice):
+                refused[id(site.module)] = why
+    accepted = [(site, choice) for site, choice in assignment if id(site.module) not in refused]
+    if not accepted:
+        raise InvalidCallError(f"nothing was routed: each attention module of it {next(iter(refused.values()))}.")
+    return accepted, refused
 
 
 def _is_own_component(pipeline: Any, component: str) -> bool:
@@ -182,7 +198,7 @@ def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(policies._matcher(pattern)(name) for pattern in patterns)
+    return any(matcher(pattern)(name) for pattern in patterns)
 
 
 def _outside(site: Site, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> str:
@@ -195,24 +211,20 @@ def _outside(site: Site, include: str | Sequence[str] | None, exclude: str | Seq
 def _left(
     sites: Sequence[Site],
     assignment: Sequence[tuple[Site, Choice]],
+    refused: dict[int, str],
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
 ) -> Iterator[tuple[Site, str]]:
     assigned = {id(site.module) for site, _ in assignment}
     for site in sites:
         if site.routable and id(site.module) not in assigned:
-            yield site, _outside(site, include, exclude) or "no pattern matches"
+            why = refused.get(id(site.module)) or _outside(site, include, exclude)
+            yield site, why or "no pattern matches"
 
 
 def _keeps(site: Site, why: str) -> str:
-    choice = _setting(site)
+    choice = setting(site)
     return why if choice is None else f"{why}; keeps {choice}"
-
-
-def _setting(site: Site) -> Any:
-    if has_scope(site.module):
-        return choice_of(site.module)
-    return getattr(site.holder, "_attention_backend", None) if site.kind == "attribute" else None
 
 
 def _nothing_routed(model: Any, sites: Sequence[Site]) -> str:
@@ -253,66 +265,6 @@ def _requests(choice: Choice) -> Iterator[Request]:
             yield choice
 
 
-def _apply(parts: Sequence[nn.Module], assignment: Sequence[tuple[Site, Choice]], sites: Sequence[Site]) -> None:
-    before = [(site, has_scope(site.module), choice_of(site.module), dict(vars(site.holder))) for site in sites]
-    try:
-        for site, choice in assignment:
-            _set(site, choice)
-        _shield(sites, {id(site.module) for site, _ in assignment})
-        for part in parts:
-            use_nested_tensors(part, False)
-        for integration in _loaded("transformers"):
-            integration.adopt(parts, [site.module for site, _ in assignment if site.interface])
-        intercept_everywhere()
-    except BaseException:
-        for site, had_scope, choice, attributes in before:
-            (set_scope if had_scope else lambda module, _: remove_scope(module))(site.module, choice)
-            for name in ("_attention_backend", _SAVED):
-                vars(site.holder).pop(name, None)
-                if name in attributes:
-                    vars(site.holder)[name] = attributes[name]
-        raise
-
-
-def _set(site: Site, choice: Choice) -> None:
-    fixed = isinstance(choice, Request) and choice.mode != ROLES
-    if site.kind == "attribute":
-        holder = vars(site.holder)
-        if _SAVED not in holder:
-            holder[_SAVED] = holder.get("_attention_backend", _MISSING)
-        holder["_attention_backend"] = _spelled(choice) if fixed else None
-        if fixed:
-            remove_scope(site.module)
-            return
-    set_scope(site.module, choice)
-
-
-def _shield(sites: Sequence[Site], assigned: set[int]) -> None:
-    """Modules that were left, but run inside the forward of one that was not, keep out of its setting."""
-    outer = [site for site in sites if id(site.module) in assigned and has_scope(site.module)]
-    covered = {id(part) for site in outer for part in site.module.modules() if part is not site.module}
-    for site in sites:
-        if id(site.module) in covered and id(site.module) not in assigned and not has_scope(site.module):
-            set_scope(site.module, None)
-
-
-def _spelled(wanted: Any) -> Any:
-    """A request as users and other libraries write it: a name where it is one."""
-    if wanted.mode == "demand":
-        return wanted.names[0]
-    return wanted.names if wanted.mode == "permission" else wanted.mode
-
-
-def _restore(site: Site) -> None:
-    holder = vars(site.holder)
-    if _SAVED in holder:
-        before = holder.pop(_SAVED)
-        holder.pop("_attention_backend", None)
-        if before != _MISSING:
-            holder["_attention_backend"] = before
-    remove_scope(site.module)
-
-
 def _adopt_integrations(model: nn.Module) -> None:
     """Models of a library that keeps attention functions of its own need that library routed here first."""
     homes = {type(module).__module__.partition(".")[0] for module in model.modules()}
@@ -324,9 +276,3 @@ def _adopt_integrations(model: nn.Module) -> None:
         from .integrations import transformers
 
         transformers.activate()
-
-
-def _loaded(name: str) -> Iterator[Any]:
-    module = sys.modules.get(f"attention_dispatch.integrations.{name}")
-    if module is not None:
-        yield module

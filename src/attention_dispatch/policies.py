@@ -17,19 +17,15 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import InvalidCallError
-from .request import ROLES, Request, current, parse
-from .scopes import Choice, Schedule, schedule_for_step
-from .sites import Site
+from .request import Request, parse
+from .steps import advance_step, at_step
 
 __all__ = ["Policy", "advance_step", "at_step", "components", "ends", "from_json", "modules", "roles", "steps"]
-
-Assignment = dict[int, Choice]
-"""Index of a site to its choice. A site that is absent is left as it is."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def modules(rules: Mapping[str, Any], default: Any = None) -> Policy:
         InvalidCallError: a pattern matches nothing, or two match one module and want different things.
     """
     for pattern in rules:
-        _matcher(pattern)
+        matcher(pattern)
     return Policy("modules", _rules(rules), (("default", _value(default)),))
 
 
@@ -126,7 +122,7 @@ def steps(rules: Mapping[str, Any], total: int | None = None) -> Policy:
     if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
         raise InvalidCallError(f"total is a count of steps of at least 1, got {total!r}.")
     policy = Policy("steps", _rules(rules), (("total", total),))
-    _ranges(policy)
+    step_ranges(policy)
     return policy
 
 
@@ -145,167 +141,7 @@ def from_json(text: str) -> Policy:
     return found
 
 
-class at_step:  # lower case: it is used like a function
-    """Scope in which the thread is at denoising step ``step``, counted from 0. Scopes nest.
-
-    Example:
-        >>> from attention_dispatch import policies
-        >>> for step in range(3):
-        ...     with policies.at_step(step):
-        ...         pass  # model(latents, timesteps[step])
-    """
-
-    __slots__ = ("_outer", "step")
-
-    def __init__(self, step: int):
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise InvalidCallError(f"a step is a count from 0, got {step!r}.")
-        self.step = step
-
-    def __enter__(self) -> at_step:
-        self._outer = current.step
-        schedule_for_step(self.step)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        schedule_for_step(self._outer)
-
-
-def advance_step(pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """For diffusers' ``callback_on_step_end``, inside ``with at_step(0)``: after step i the thread is at step i + 1."""
-    schedule_for_step(step + 1)
-    return callback_kwargs
-
-
-def assign(policy: Any, sites: Sequence[Site], component_of: Callable[[Site], str | None]) -> Assignment:
-    """What a policy wants of each site. Changes nothing.
-
-    Args:
-        policy: a :class:`Policy`, a dict (later patterns override earlier ones), a request, or None.
-        sites: the sites that can be routed.
-        component_of: the pipeline component that a site is in; None for a bare model.
-
-    Raises:
-        InvalidCallError: conflicts, and patterns that match nothing.
-        UnknownBackendError: a name nobody registered.
-    """
-    everything = range(len(sites))
-    if isinstance(policy, Mapping):
-        found: Assignment = {}
-        for pattern, value in policy.items():
-            found.update(_resolve(value, _matching(pattern, sites, everything), sites, component_of))
-        return found
-    return _resolve(policy, everything, sites, component_of)
-
-
-def _resolve(
-    value: Any, chosen: Iterable[int], sites: Sequence[Site], component_of: Callable[[Site], str | None]
-) -> Assignment:
-    chosen = list(chosen)
-    if value is None:
-        return {}
-    if not isinstance(value, Policy):
-        return dict.fromkeys(chosen, parse(value))
-
-    def resolve(part: Any, indices: Iterable[int]) -> Assignment:
-        return _resolve(part, indices, sites, component_of)
-
-    if value.kind == "modules":
-        return _resolve_modules(value, chosen, sites, resolve)
-    if value.kind == "ends":
-        return _resolve_ends(value, chosen, sites, resolve)
-    if value.kind == "roles":
-        return _resolve_roles(value, chosen, sites, resolve)
-    if value.kind == "steps":
-        return _resolve_steps(value, chosen, sites, resolve)
-    found: Assignment = {}
-    known = {component_of(sites[index]) or "" for index in chosen} - {""}
-    for name, part in value.rules:
-        if name not in known:
-            names = ", ".join(sorted(known)) or "(none: this is a model, not a pipeline)"
-            raise InvalidCallError(
-                f"the pipeline has no component {name!r} that computes attention. Those are: {names}."
-            )
-        found.update(resolve(part, [index for index in chosen if component_of(sites[index]) == name]))
-    return found
-
-
-_Resolve = Callable[[Any, Iterable[int]], Assignment]
-
-
-def _resolve_modules(policy: Policy, chosen: list[int], sites: Sequence[Site], resolve: _Resolve) -> Assignment:
-    wanted: dict[int, tuple[str, Any]] = {}
-    for pattern, value in policy.rules:
-        for index in _matching(pattern, sites, chosen):
-            before = wanted.setdefault(index, (pattern, value))
-            if before[1] != value:
-                raise InvalidCallError(
-                    f"the patterns {before[0]!r} and {pattern!r} both match {sites[index].name!r} and want "
-                    f"{before[1]!r} and {value!r}. Make one of them narrower."
-                )
-    found: Assignment = {}
-    for _pattern, value in policy.rules:
-        found.update(resolve(value, [index for index, (_, other) in wanted.items() if other == value]))
-    found.update(resolve(dict(policy.options)["default"], [index for index in chosen if index not in wanted]))
-    return found
-
-
-def _resolve_ends(policy: Policy, chosen: list[int], sites: Sequence[Site], resolve: _Resolve) -> Assignment:
-    rules, count = dict(policy.rules), dict(policy.options)["blocks"]
-    blocks = list(dict.fromkeys(_block(sites[index].name) for index in chosen))
-    if len(blocks) <= 2 * count:
-        raise InvalidCallError(
-            f"{policy!r} leaves no block in the middle: there are {len(blocks)} ({', '.join(blocks[:6])}). Use fewer "
-            f"blocks, or policies.modules."
-        )
-    edges = {*blocks[:count], *blocks[-count:]}
-    found = resolve(rules["edge"], [index for index in chosen if _block(sites[index].name) in edges])
-    found.update(resolve(rules["middle"], [index for index in chosen if _block(sites[index].name) not in edges]))
-    return found
-
-
-def _block(name: str) -> str:
-    match = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
-    return match.group() if match else name
-
-
-def _resolve_roles(policy: Policy, chosen: list[int], sites: Sequence[Site], resolve: _Resolve) -> Assignment:
-    rules = dict(policy.rules)
-    by_length = [index for index in chosen if sites[index].cross is None]
-    found: Assignment = {}
-    for role, is_cross in (("self", False), ("cross", True)):
-        members = [index for index in chosen if sites[index].cross is is_cross]
-        if role in rules and not members and not by_length:
-            raise InvalidCallError(f"{policy!r}: the model has no {role}-attention. Leave {role}= out.")
-        found.update(resolve(rules.get(role), members))
-    if by_length:
-        both = [resolve(rules.get(role), by_length).get(by_length[0]) for role in ("self", "cross")]
-        if not all(isinstance(choice, Request) for choice in both):
-            names = ", ".join(sites[index].name or "(the model itself)" for index in by_length[:4])
-            raise InvalidCallError(
-                f"{policy!r}: only the lengths of each call tell the role of {names}; there, both self= and cross= must "
-                f"be requests (put steps around roles). Or give the module a bool attribute is_cross_attention."
-            )
-        found.update(dict.fromkeys(by_length, both[0] if both[0] == both[1] else Request(ROLES, tuple(both))))
-    return found
-
-
-def _resolve_steps(policy: Policy, chosen: list[int], sites: Sequence[Site], resolve: _Resolve) -> Assignment:
-    segments: dict[int, list[tuple[int, int | None, Request]]] = {index: [] for index in chosen}
-    for start, stop, value in _ranges(policy):
-        part = resolve(value, chosen)
-        for index in chosen:
-            choice = part.get(index)
-            if not isinstance(choice, Request):
-                raise InvalidCallError(
-                    f"{policy!r} names no backend for {sites[index].name!r} at steps {start}-"
-                    f"{'' if stop is None else stop - 1}. Every step needs one, and steps cannot hold steps."
-                )
-            segments[index].append((start, stop, choice))
-    return {index: Schedule(tuple(parts)) for index, parts in segments.items()}
-
-
-def _ranges(policy: Policy) -> list[tuple[int, int | None, Any]]:
+def step_ranges(policy: Policy) -> list[tuple[int, int | None, Any]]:
     """(start, stop or None, value) of a ``steps`` policy, in order and without gaps."""
     total = dict(policy.options)["total"]
     found = sorted(((*_range(text, total), value) for text, value in policy.rules), key=lambda part: part[0])
@@ -331,19 +167,7 @@ def _range(text: str, total: int | None) -> tuple[int, int | None]:
     return start or 0, total if stop is None else stop
 
 
-def _matching(pattern: str, sites: Sequence[Site], chosen: Iterable[int]) -> list[int]:
-    matches = _matcher(pattern)
-    found = [index for index in chosen if matches(sites[index].name)]
-    if not found:
-        names = [site.name or "(the model itself)" for site in sites]
-        more = ", ..." if len(names) > 12 else ""
-        raise InvalidCallError(
-            f"the pattern {pattern!r} matches no attention module. They are: {', '.join(names[:12]) or '(none)'}{more}."
-        )
-    return found
-
-
-def _matcher(pattern: str) -> Callable[[str], bool]:
+def matcher(pattern: str) -> Callable[[str], bool]:
     if not isinstance(pattern, str):
         raise InvalidCallError(f"a pattern is a string, got {pattern!r}.")
     if not pattern.startswith("re:"):

@@ -104,9 +104,11 @@ class Settings:
     Attributes:
         model: the request of the innermost routed module whose forward is running; ``stack`` holds the outer ones, each
             with the setting of the module that replaced it.
-        scope: the request of the innermost ``with attention_backend``.
+        scope: the request of the innermost ``with attention_backend``; ``scopes`` holds those of all that are entered,
+            outermost first, with None for one that was left before one inside it.
         observer: called after each call while calls are recorded.
-        step: the denoising step, None outside of one; ``scheduled`` holds the requests of policies for it.
+        step: the denoising step, None outside of one; ``steps`` holds those of all scopes, as ``scopes`` does, and
+            ``scheduled`` the requests of policies for the innermost.
         effective: what these amount to, kept so that a call reads one value.
         fields: what traced code writes. torch.compile (2.13) loses what it writes to an attribute, but not to a dict,
             after flex_attention in the same graph; and it guards on every value of a dict that it writes to.
@@ -117,13 +119,15 @@ class Settings:
             "model": None,
             "stack": [],
             "scope": None,
+            "scopes": [],
             "observer": None,
             "effective": None,
         }
+        self.steps: list[int | None] = []
         self.step: int | None = None
         self.scheduled: dict[str, Request] = {}
 
-    model, stack, scope = (_field(name) for name in ("model", "stack", "scope"))
+    model, stack, scope, scopes = (_field(name) for name in ("model", "stack", "scope", "scopes"))
     observer, effective = (_field(name) for name in ("observer", "effective"))
 
     def refresh(self) -> None:
@@ -154,8 +158,9 @@ class _ThreadSettings(threading.local):
         self.state = Settings()
         self.fields = self.state.fields
 
-    model, stack, scope, observer = (_of_thread(name) for name in ("model", "stack", "scope", "observer"))
-    step, scheduled, effective = (_of_thread(name) for name in ("step", "scheduled", "effective"))
+    model, stack, scope, scopes = (_of_thread(name) for name in ("model", "stack", "scope", "scopes"))
+    step, steps, scheduled = (_of_thread(name) for name in ("step", "steps", "scheduled"))
+    observer, effective = (_of_thread(name) for name in ("observer", "effective"))
 
     def refresh(self) -> None:
         """See :meth:`Settings.refresh`."""
@@ -165,15 +170,23 @@ class _ThreadSettings(threading.local):
 current = _ThreadSettings()
 
 _environment: Request | None = None
+_environment_variable = ""
 
 
 def environment() -> Request:
     """The request of the environment, validated at first use; native when there is none."""
-    global _environment
+    global _environment, _environment_variable
     if _environment is None:
         wanted = settings.default_backend()
+        _environment_variable = settings.default_backend_variable()
         _environment = NATIVE if wanted is None else parse(wanted)
     return _environment
+
+
+def environment_variable() -> str:
+    """The variable that :func:`environment` was read from; empty where it was none."""
+    environment()
+    return _environment_variable
 
 
 def forget_environment() -> None:
@@ -182,10 +195,29 @@ def forget_environment() -> None:
     _environment = None
 
 
+def leave(entered: list[Any], index: int) -> Any:
+    """Take one scope out of a thread's list, in whatever order they end.
+
+    Args:
+        entered: what each scope set, outermost first; changed in place.
+        index: the place of the scope that ends.
+
+    Returns:
+        What the innermost scope that is left set; None if there is none.
+    """
+    entered[index] = None
+    while entered and entered[-1] is None:
+        entered.pop()
+    return entered[-1] if entered else None
+
+
 class attention_backend:  # lower case: it is used like a function, as in diffusers
     """Scope in which attention calls of this thread use ``request``, unless a call or a model says otherwise.
 
-    Leaving the scope, by an exception too, restores what was there. Scopes nest; other threads are not affected.
+    Leaving the scope, by an exception too, restores what was there. Scopes nest; other threads are not affected. The
+    innermost scope counts, also where scopes end in another order than they nest, as in generators and coroutines: one
+    that ends takes away its own request and no other. While a generator or coroutine waits inside a scope, the scope
+    counts for everything else that the thread runs.
 
     Args:
         request: a name, a sequence of names, ``"auto"`` or ``"auto_quantized"``.
@@ -202,21 +234,26 @@ class attention_backend:  # lower case: it is used like a function, as in diffus
         torch.Size([1, 16, 2, 32])
     """
 
-    __slots__ = ("_outer", "request")
+    __slots__ = ("_places", "request")
 
     def __init__(self, request: Any = "native"):
         self.request = parsed(request)
+        # One for each time that this object is entered and not left yet.
+        self._places: list[tuple[Settings, int]] = []
 
     def __enter__(self) -> attention_backend:
         state = current.state
-        self._outer = state.fields["scope"]
+        scopes = state.fields["scopes"]
+        self._places.append((state, len(scopes)))
+        scopes.append(self.request)
         state.fields["scope"] = self.request
         state.refresh()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        state = current.state
-        state.fields["scope"] = self._outer
+        # A generator may end in another thread than it began in.
+        state, index = self._places.pop()
+        state.fields["scope"] = leave(state.fields["scopes"], index)
         state.refresh()
 
 

@@ -5,74 +5,70 @@ Everything lives on the module, so that it travels with ``copy.deepcopy`` and pi
 
 from __future__ import annotations
 
+import inspect
 import types
-from typing import Any, NamedTuple
+import weakref
+from typing import Any
 
 import torch.nn as nn
 
 from .errors import InvalidCallError
 from .interception import intercept, release
 from .request import ROLES, Request, current
+from .steps import Schedule, enlist, no_step
 
 _SCOPE = "_attention_dispatch_scope"
 _NESTED = "_attention_dispatch_nested"
 
 
-class Schedule(NamedTuple):
-    """Requests by denoising step.
-
-    Attributes:
-        segments: (first step, step after the last one or None, request), in order and without gaps.
-    """
-
-    segments: tuple[tuple[int, int | None, Request], ...]
-
-    def at(self, step: int) -> Request | None:
-        """The request of a step; None past the end."""
-        for start, stop, request in self.segments:
-            if start <= step and (stop is None or step < stop):
-                return request
-        return None
-
-    def __str__(self) -> str:
-        return ", ".join(f"{_words(start, stop)}: {request}" for start, stop, request in self.segments)
-
-
-def _words(start: int, stop: int | None) -> str:
-    if stop is None:
-        return f"steps {start} and later"
-    return f"step {start}" if stop == start + 1 else f"steps {start} to {stop - 1}"
-
-
 Choice = Request | Schedule | None
 """What a module is set to; None shuts off the setting of a module around it."""
 
-# Every schedule in use, by its key in the thread's table: at a new step each is looked up once, outside the model, so
-# that a compiled model guards on the request and not on the step.
-_schedules: dict[str, Schedule] = {}
-
 
 class Scope:
-    """The setting of one module."""
+    """The setting of one module, which ``name`` is the name of in the model that was set."""
 
-    def __init__(self, choice: Choice):
+    def __init__(self, choice: Choice, name: str):
         self.handles: tuple[Any, ...] = ()
-        self.choose(choice)
+        self.choose(choice, name)
 
-    def choose(self, choice: Choice) -> None:
-        self.choice = choice
+    def choose(self, choice: Choice, name: str) -> None:
+        self.choice, self.name = choice, name
         self.request = choice if isinstance(choice, Request) else None
-        self.schedule = None
-        if isinstance(choice, Schedule):
-            self.schedule = str(choice)
-            _schedules[self.schedule] = choice
-            schedule_for_step(current.step)
+        self.schedule = enlist(choice) if isinstance(choice, Schedule) else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy, or a module read from a file, is routed as the original was.
         self.__dict__.update(state)
-        self.choose(self.choice)
+        self.choose(self.choice, self.name)
         intercept(self)
+
+
+class _OwnForward:
+    """The forward of a module's class, as an attribute of the module.
+
+    torch.compile (2.13) takes no notice of hooks that are added after it compiled a module, but checks that the module
+    has no forward of its own. A bound method would be one too, and keep the module alive.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self.module()
+        return type(module).forward(module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        module: Any = self.module()
+        return inspect.signature(types.MethodType(type(module).forward, module))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OwnForward:
+        module: Any = self.module()
+        return _OwnForward(memo.get(id(module), module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OwnForward, (self.module(),)
 
 
 def choice_of(module: nn.Module) -> Choice:
@@ -81,17 +77,23 @@ def choice_of(module: nn.Module) -> Choice:
     return None if scope is None else scope.choice
 
 
+def setting_of(module: nn.Module) -> tuple[Choice, str] | None:
+    """What to give to :func:`set_scope` to have the present setting again; None when there is none."""
+    scope = vars(module).get(_SCOPE)
+    return None if scope is None else (scope.choice, scope.name)
+
+
 def has_scope(module: nn.Module) -> bool:
     return _SCOPE in vars(module)
 
 
-def set_scope(module: nn.Module, choice: Choice) -> None:
+def set_scope(module: nn.Module, choice: Choice, name: str = "") -> None:
     """Let ``choice`` count for the attention calls made while the module's forward runs."""
     scope = vars(module).get(_SCOPE)
     if scope is not None:
-        scope.choose(choice)
+        scope.choose(choice, name)
         return
-    scope = Scope(choice)
+    scope = Scope(choice, name)
     vars(module)[_SCOPE] = scope
     enter = _enter_multihead if isinstance(module, nn.MultiheadAttention) else _enter
     scope.handles = (
@@ -100,8 +102,7 @@ def set_scope(module: nn.Module, choice: Choice) -> None:
         module.register_forward_hook(_leave, always_call=True),
     )
     if "forward" not in vars(module):
-        # torch.compile takes no notice of hooks added later, but checks that a module has no forward of its own.
-        vars(module)["forward"] = types.MethodType(type(module).forward, module)
+        vars(module)["forward"] = _OwnForward(module)
     intercept(scope)
 
 
@@ -111,19 +112,9 @@ def remove_scope(module: nn.Module) -> None:
     if scope is not None:
         for handle in scope.handles:
             handle.remove()
-        if vars(module).get("forward") == types.MethodType(type(module).forward, module):
+        if isinstance(vars(module).get("forward"), _OwnForward):
             del vars(module)["forward"]
         release(scope)
-
-
-def schedule_for_step(step: int | None) -> None:
-    """Make ``step`` the thread's denoising step."""
-    current.step = step
-    if step is None:
-        current.scheduled = {}
-    else:
-        found = ((key, schedule.at(step)) for key, schedule in _schedules.items())
-        current.scheduled = {key: request for key, request in found if request is not None}
 
 
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -131,7 +122,7 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     state = current.state
     request = scope.request if scope.schedule is None else state.scheduled.get(scope.schedule)
     if request is None and scope.schedule is not None:
-        raise InvalidCallError(_no_step(scope.schedule))
+        raise InvalidCallError(no_step(scope.schedule))
     state.stack.append((scope, state.model))
     state.model = request
     state.refresh()
@@ -143,15 +134,6 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if state.stack and state.stack[-1][0] is module.__dict__.get(_SCOPE):
         state.model = state.stack.pop()[1]
         state.refresh()
-
-
-def _no_step(schedule: str) -> str:
-    if current.step is None:
-        return (
-            f"this module's backend depends on the denoising step ({schedule}), and no step is set. Run the model inside "
-            f"`with attention_dispatch.policies.at_step(i):`."
-        )
-    return f"step {current.step} is past the end of the policy ({schedule}). Give policies.steps the true total."
 
 
 def _enter_multihead(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> Any:

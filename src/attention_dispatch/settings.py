@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"", "0", "false", "no", "off"}
+_BACKEND_VARIABLES = ("ATTENTION_DISPATCH_BACKEND", "DIFFUSERS_ATTN_BACKEND")
 
 # Called after a switch changed, so that decisions taken under the old value are forgotten.
 _on_change: list[Callable[[], None]] = []
@@ -32,11 +33,16 @@ def _read(*names: str) -> str | None:
 
 def default_backend() -> str | list[str] | None:
     """The request in the environment, not yet validated; None when there is none."""
-    value = _read("ATTENTION_DISPATCH_BACKEND", "DIFFUSERS_ATTN_BACKEND")
+    value = _read(*_BACKEND_VARIABLES)
     if value is None:
         return None
     names = [name.strip() for name in value.split(",") if name.strip()]
     return names if len(names) > 1 else names[0]
+
+
+def default_backend_variable() -> str:
+    """The variable that :func:`default_backend` comes from; empty when there is none."""
+    return next((name for name in _BACKEND_VARIABLES if os.environ.get(name)), "")
 
 
 def cache_dir() -> str | None:

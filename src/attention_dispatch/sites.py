@@ -96,8 +96,18 @@ def _site(name: str, module: nn.Module) -> Site | None:
             )
         return None
     if calls_attention(cls.forward, cls) or _calls_through_part(module):
+        if _runs_later(cls):
+            why = (
+                "its forward is a coroutine or generator, which runs after its hooks have; use attention_backend in it"
+            )
+            return Site(name, module, "scope", module, cross, routable=False, why=why)
         return Site(name, module, "scope", module, cross)
     return _unreachable(name, module, cross)
+
+
+def _runs_later(cls: Any) -> bool:
+    flags = getattr(getattr(inspect.unwrap(cls.forward), "__code__", None), "co_flags", 0)
+    return bool(flags & (inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
 
 
 def _calls_through_part(module: nn.Module) -> bool:

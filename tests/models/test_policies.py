@@ -209,19 +209,19 @@ def test_models_before_scopes_and_the_innermost_model_first(probes):
 
 
 def test_a_failure_while_applying_leaves_everything_as_it_was(probes, monkeypatch):
-    from attention_dispatch import models
+    from attention_dispatch import routing
 
     model, images = VisionTransformer(3).eval(), torch.randn(1, 3, 16, 16)
     ad.set_attention_backend(model, "probe_a", include="blocks.0.*")
     calls = []
 
-    def fails_at_third(site, choice, upstream=models._set):
+    def fails_at_third(site, choice, upstream=routing._set):
         calls.append(site.name)
         if len(calls) == 3:
             raise KeyboardInterrupt
         upstream(site, choice)
 
-    monkeypatch.setattr(models, "_set", fails_at_third)
+    monkeypatch.setattr(routing, "_set", fails_at_third)
     with pytest.raises(KeyboardInterrupt):
         ad.set_attention_backend(model, "probe_b")
     model(images)

@@ -1,5 +1,8 @@
 """Models that do not know this library: routed where they call attention, exactly as before after a reset."""
 
+import copy
+import gc
+import inspect
 import threading
 
 import pytest
@@ -163,11 +166,24 @@ def test_torch_has_its_function_back_when_routed_models_are_gone():
     model = Block()
     ad.set_attention_backend(model, "native")
     assert F.scaled_dot_product_attention is not before
-    del model
-    import gc
+    model(torch.randn(1, 4, DIM))
+    twin = copy.deepcopy(model)
+    gc.disable()  # counting references is enough
+    try:
+        del model
+        assert F.scaled_dot_product_attention is not before
+        del twin
+        assert F.scaled_dot_product_attention is before and blocks.sdpa is before
+    finally:
+        gc.enable()
 
-    gc.collect()
-    assert F.scaled_dot_product_attention is before and blocks.sdpa is before
+
+def test_a_routed_module_has_the_signature_of_its_forward():
+    model = blocks.Pair()
+    expected = inspect.signature(model.forward)
+    ad.set_attention_backend(model, "native")
+    assert inspect.signature(model.forward) == expected and len(expected.parameters) == 2
+    ad.reset_attention_backend(model)
 
 
 def test_another_model_can_be_scripted_and_traced_by_fx_meanwhile():

@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,10 +33,10 @@ from ..call import AttentionOutput
 from ..errors import InvalidCallError
 from ..interception import any_rank_sdpa
 from ..models import Report
-from ..request import NATIVE, current, environment, parse
-from ..sites import Site, find_sites
+from ..request import NATIVE, current, environment
+from ..sites import find_sites
 
-__all__ = ["activate", "deactivate", "install", "uninstall"]
+__all__ = ["activate", "deactivate", "install", "refusal", "uninstall"]
 
 _MISSING = object()
 _lock = threading.RLock()
@@ -53,6 +53,7 @@ _upstream_init = ModelMixin.__init__
 _upstream_setstate = ModelMixin.__setstate__
 _upstream_npu = AttentionModuleMixin.set_use_npu_flash_attention
 _upstream_xla = AttentionModuleMixin.set_use_xla_flash_attention
+_upstream_parallelism = ModelMixin.enable_parallelism
 _upstream_skip = layer_skip.AttentionProcessorSkipHook.new_forward
 
 
@@ -108,6 +109,11 @@ class _Registry(_upstream_registry, metaclass=type(settings._AttentionBackendReg
         member = upstream.AttentionBackendName(request.names[0] if request.mode == "demand" else "native")
         return member, cls._backends[member]
 
+    @classmethod
+    def _is_context_parallel_available(cls, name: Any) -> bool:
+        # Found out call by call, for all ranks together; what cannot be served is refused there.
+        return True
+
 
 _functional = _Functional("torch.nn.functional")
 _REBINDINGS = (
@@ -135,6 +141,7 @@ def activate() -> None:
                 )
         _replace(ModelMixin, "set_attention_backend", _set_on_model)
         _replace(ModelMixin, "reset_attention_backend", _reset_on_model)
+        _replace(ModelMixin, "enable_parallelism", _enable_parallelism)
         _replace(ModelMixin, "__init__", _init_and_route)
         _replace(ModelMixin, "__setstate__", _setstate_and_route)
         _replace(AttentionModuleMixin, "set_attention_backend", _set_on_module)
@@ -242,32 +249,22 @@ def _models_of(model_or_pipeline: Any) -> Any:
     return _Components(found)
 
 
-def _set(
-    model: Any, request: Any, *, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
-) -> Report:
-    """Set a model or :class:`_Components`, leaving processors that refuse the request when they run."""
-    components = model.components if isinstance(model, _Components) else {"": model}
-    sites = [
-        site._replace(name=f"{component}.{site.name}".strip("."))
-        for component, part in components.items()
-        for site in find_sites(part)
-    ]
-    refused = {site.name: why for site in sites if (why := _refusal(site, request))}
-    if refused and len(refused) == len(sites):
-        raise InvalidCallError(f"nothing was routed: each attention module of it {next(iter(refused.values()))}.")
-    if refused:
-        exclude = [*([exclude] if isinstance(exclude, str) else exclude or ()), *refused]
-    report = models.set_attention_backend(model, request, include=include, exclude=exclude)
-    for part in components.values():
+def _set(model: Any, request: Any, **patterns: Any) -> Report:
+    """Set a model or :class:`_Components`, and remember it for :func:`uninstall`."""
+    report = models.set_attention_backend(model, request, **patterns)
+    for part in model.components.values() if isinstance(model, _Components) else (model,):
         _routed.add(part)
-    left = tuple((name, refused.get(name, why)) for name, why in report.left)
-    return Report(report.routed, left)
+    return report
 
 
-def _refusal(site: Site, request: Any) -> str:
-    """Why a processor that names the backends it accepts would raise when it runs; empty if it would not."""
-    accepted = getattr(site.holder, "_SUPPORTED_BACKENDS", None)
-    if accepted is None or (isinstance(request, str) and parse(request).names[:1] in [(name,) for name in accepted]):
+def refusal(holder: Any, choice: Any) -> str:
+    """Why a processor that names the backends it accepts would raise when it runs; empty if it would not.
+
+    Args:
+        holder: a module or processor. choice: what it would be set to.
+    """
+    accepted = getattr(holder, "_SUPPORTED_BACKENDS", None)
+    if accepted is None or (getattr(choice, "mode", "") == "demand" and choice.names[0] in list(accepted)):
         return ""
     return f"accepts only {' or '.join(repr(name) for name in accepted if name in registry.names())}"
 
@@ -281,6 +278,17 @@ def _reset_on_model(self: ModelMixin) -> None:
     """Undo ``set_attention_backend`` on this model: its class defaults hold again."""
     models.reset_attention_backend(self)
     _routed.discard(self)
+
+
+@functools.wraps(_upstream_parallelism)
+def _enable_parallelism(self: ModelMixin, *, config: Any, cp_plan: Any = None) -> None:
+    _upstream_parallelism(self, config=config, cp_plan=cp_plan)
+    from ..distributed import as_context_parallel, give, has_carriers
+
+    parallel = as_context_parallel(self._parallel_config)
+    if parallel is not None and not has_carriers(self):
+        # diffusers (0.42) splits the inputs of such a model all the same, and leaves each rank's attention to itself.
+        give(self, parallel)
 
 
 def _set_on_module(self: Any, backend: Any) -> Report:
