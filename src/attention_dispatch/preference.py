@@ -69,7 +69,12 @@ ORDERS: dict[str, Order] = {
     "npu": Order(("native", "_native_npu", *_LAST), UNTESTED),
     "xla": Order(("native", "_native_xla", *_LAST), UNTESTED),
     "xpu": Order(("native", "flex", *_LAST), UNTESTED),
-    "cpu": Order(("native", "_native_flash", "_native_math", "flex", "reference"), UNTESTED),
+    "cpu": Order(
+        ("native", "_native_flash", "_native_math", "flex", "reference"),
+        "AMD EPYC, 2 threads of a shared machine, torch 2.13.0+cpu, 2026-11-25, 8 heads of 64, float32, speed over "
+        "native: at 1x1024 aten flash 0.95, math 0.25, flex 0.12, reference 0.07; causal 0.96, 0.13, 0.07, 0.05; key "
+        "padding 1.02, 0.35, 0.16, 0.09; forward and backward at 1x512 0.96, 0.42, refused, 0.16",
+    ),
 }
 _FALLBACK = Order(("native", *_LAST), UNTESTED)
 

@@ -73,8 +73,13 @@ def test_bench_writes_every_format_and_compares_with_a_baseline(tmp_path, capsys
         assert [row["backend"] for row in csv.DictReader(stream)] == [row["backend"] for row in rows]
     page = files[2].read_text()
     assert "native" in page and "http" not in page.replace("http-equiv", ""), "the page loads nothing"
-    assert main(["bench", *TINY, *QUICKLY, "--no-checks", "--baseline", str(files[0])]) == 0
+    again = [str(tmp_path / "again.json"), str(tmp_path / "again.html")]
+    arguments = ["bench", *TINY, *QUICKLY, "--no-checks", "--baseline", str(files[0]), "-o", again[0], "-o", again[1]]
+    assert main(arguments) == 0
     assert "%)" in capsys.readouterr().out
+    compared = {row["backend"]: row["baseline_us"] for row in json.loads(Path(again[0]).read_text())["rows"]}
+    assert compared["native"] == by_name["native"]["us"]
+    assert "<th>change</th>" in Path(again[1]).read_text() and "<th>change</th>" not in page
 
 
 def test_bench_plots(tmp_path):

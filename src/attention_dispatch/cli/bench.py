@@ -69,7 +69,11 @@ def run(options: argparse.Namespace) -> int:
                 policy=options.policy,
                 check_small=not options.no_checks,
             )
-    data = {"environment": environment.manifest(device.type), "rows": [row._asdict() for row in rows]}
+    facts = [row._asdict() for row in rows]
+    if options.baseline is not None:
+        for row, fact in zip(rows, facts):
+            fact["baseline_us"] = earlier.get((row.shape, row.backend))
+    data = {"environment": environment.manifest(device.type), "rows": facts}
     if options.json:
         print(json.dumps(data, indent=2))
     else:

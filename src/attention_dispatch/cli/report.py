@@ -120,7 +120,8 @@ def _html(file: Path, data: Data) -> None:
 
 
 def _section(shape: str, rows: list[dict[str, Any]]) -> str:
-    heads = "".join(f"<th>{name}</th>" for name, *_ in _COLUMNS)
+    compared = any(row.get("baseline_us") for row in rows)
+    heads = "".join(f"<th>{name}</th>" for name, *_ in _COLUMNS) + ("<th>change</th>" if compared else "")
     fastest = max((row["speedup"] or 0.0 for row in rows), default=0.0)
     body = ""
     for row in rows:
@@ -128,6 +129,9 @@ def _section(shape: str, rows: list[dict[str, Any]]) -> str:
             f"<td>{'' if row[field] is None else format(row[field] * factor, pattern)}</td>"
             for _, field, pattern, factor in _COLUMNS
         )
+        if compared:
+            before, now = row.get("baseline_us"), row["us"]
+            cells += f"<td>{format(now / before - 1, '+.1%') if before and now else ''}</td>"
         width = 100.0 * (row["speedup"] or 0.0) / fastest if fastest else 0.0
         state = row["state"] + (f": {row['what']}" if row["what"] else "")
         body += (

@@ -77,7 +77,8 @@ def check(
     Args:
         names: backends. device: ``"cpu"`` or ``"cuda"``.
         quick: a selection of cases instead of all.
-        timeout_s: longest silence, that is, longest time for one case.
+        timeout_s: longest silence, that is, longest time for one case or for importing a backend; starting Python and
+            torch has 120 s.
         imports: modules to import in the child first, such as those that register backends.
         progress: called with each result.
     """
@@ -127,12 +128,14 @@ def _run_child(
     for reader in readers:
         reader.start()
     current, case, waiting = names[0], "", list(names)
+    # Until torch and the modules to import are there, which says nothing about a backend.
+    patience = max(timeout_s, TIMEOUT_S)
     try:
         while waiting:
             try:
-                line = lines.get(timeout=timeout_s)
+                line = lines.get(timeout=patience)
             except queue.Empty:
-                yield Health(current, "hung", f"{case or 'importing it'}: no answer for {timeout_s:g} s")
+                yield Health(current, "hung", f"{case or 'importing it'}: no answer for {patience:g} s")
                 return
             if line is None:
                 child.wait()
@@ -142,6 +145,9 @@ def _run_child(
                 return
             event = _event(line)
             if event is None:
+                continue
+            patience = timeout_s
+            if "started" in event:
                 continue
             if "case" in event:
                 current, case = event["backend"], event["case"]
@@ -202,7 +208,7 @@ def _check_one(name: str, device: str, quick: bool) -> Health:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The child process: one line of JSON per case and per backend."""
+    """The child process: one line of JSON when it is ready, and per case and backend."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", choices=("quick", "all"), default="quick")
@@ -211,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for module in options.imports:
         importlib.import_module(module)
+    _tell({"started": True})
     for name in options.names:
         registry.get(name)
         health = _check_one(name, options.device, options.cases == "quick")
