@@ -9,7 +9,7 @@ from .attention import context_parallel_attention
 from .config import ContextParallel, as_context_parallel
 from .connect import dispatch_parallel
 from .cost import Link, ParallelismPlan, plan_parallelism
-from .model import context_parallel, gather, shard
+from .model import context_parallel, gather, give, has_carriers, shard
 from .pair import AttentionPair, BlockCall, BlockFacts, exact_backward
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "dispatch_parallel",
     "exact_backward",
     "gather",
+    "give",
+    "has_carriers",
     "plan_parallelism",
     "shard",
 ]
