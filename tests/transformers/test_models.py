@@ -161,12 +161,58 @@ def test_softcap_and_sinks_are_refused_by_kernels_without_them():
         model(**prompt())
 
 
-def test_attention_weights_are_refused():
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt_oss", "bert", "vit", "whisper", "t5"])
+def test_attention_weights_are_those_of_eager(name):
+    model, given = make(name), inputs(name)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**given, output_attentions=True)
+        ad.set_attention_backend(model, "reference")
+        result = model(**given, output_attentions=True)
+    kinds = [kind for kind in expected if kind.endswith("attentions") and expected[kind]]
+    assert kinds
+    for kind in kinds:
+        assert len(result[kind]) == len(expected[kind]) == 2
+        for ours, theirs in zip(result[kind], expected[kind]):
+            if "attention_mask" in given and kind == "attentions":
+                # Rows of padding see no key.
+                rows = given["attention_mask"].bool()
+                ours, theirs = ours.transpose(1, 2)[rows], theirs.transpose(1, 2)[rows]
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    ad.reset_attention_backend(model)
+
+
+def test_attention_weights_in_generate_with_a_static_cache():
+    model = make("llama")
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_attentions": True}
+    kwargs |= {"cache_implementation": "static", "disable_compile": True}
+    ids = prompt()["input_ids"][1:]
+    found = []
+    for implementation in ("eager", "attention_dispatch:native"):
+        model.set_attn_implementation(implementation)
+        found.append(model.generate(ids, **kwargs).attentions)
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_attention_weights_asked_for_by_the_config():
     model = make("bert")
-    model.set_attn_implementation("attention_dispatch")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    expected = model(**inputs("bert")).attentions
+    ad.set_attention_backend(model, "native")
+    rows = inputs("bert")["attention_mask"].bool()
+    for ours, theirs in zip(model(**inputs("bert")).attentions, expected):
+        torch.testing.assert_close(ours.transpose(1, 2)[rows], theirs.transpose(1, 2)[rows], atol=2e-5, rtol=1e-4)
+    model.train()
+    with pytest.raises(InvalidCallError, match="dropped"):
+        model(**inputs("bert"))
+    ad.reset_attention_backend(model)
+
+
+def test_what_cannot_be_served_is_refused():
+    model = make("bert")
     module = model.encoder.layer[0].attention.self
-    with pytest.raises(InvalidCallError, match="eager"):
-        module(torch.randn(1, 3, 32), output_attentions=True)
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(BackendRejectedError, match="block_indices"):
         integration.attention_forward(module, q, q, q, None, block_indices=torch.zeros(1))

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
@@ -28,15 +27,12 @@ from .. import registry
 from ..api import dispatch_attention_fn
 from ..errors import BackendRejectedError, InvalidCallError, Reason
 from ..request import AUTO, AUTO_QUANTIZED, parse
+from .transformers_masks import STRUCTURE, attention_mask, read_structure
 
 __all__ = ["NAME", "activate", "adopt", "attention_forward", "attention_mask", "deactivate", "release"]
 
 NAME = "attention_dispatch"
 _SAVED = "_attention_dispatch_implementation"
-# A causal mask that keeps its structure is an int8 tensor, a dtype that no other attention mask has: plain tensors survive
-# slicing, moving between devices, compilation and export. Its shape (B or 1, W + 1, R, K) says: sliding window of W keys,
-# 0 for none; R = 1: nonzero where a key is not padding; R = 2: no key is padding. Query i stands at key i + K - Q.
-_STRUCTURE = torch.int8
 _UNSERVED = ("indices", "block_indices", "topk_indices", "layer_head_mask", "head_mask")
 _lock = threading.RLock()
 _upstream_check = PreTrainedModel._check_and_adjust_attn_implementation
@@ -98,85 +94,6 @@ def _get_correct(self: PreTrainedModel, requested_attention: Any, *args: Any, **
     return _upstream_correct(self, _spelled(requested_attention), *args, **kwargs)
 
 
-def attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: Any = 0,
-    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    use_vmap: bool = False,
-    device: Any = "cpu",
-    config: Any = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask for :func:`attention_forward`: as structure where there is one, else what transformers builds for sdpa.
-
-    Takes transformers' arguments of a mask function.
-    """
-    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if not use_vmap and mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip:
-        if padding is None or _known_full(padding):
-            return None
-        return _at_keys(padding, kv_length, kv_offset)[:, None, None, :]
-    window = _window(mask_function, local_size, config)
-    if allow_is_causal_skip and not use_vmap and window is not None and q_length > 1:
-        offset = kv_length - q_length
-        known = isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset - kv_offset == offset
-        if known and not (window and window <= offset):
-            return _structured(padding, batch_size, q_length, kv_length, kv_offset, window, device)
-    return masking_utils.sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        use_vmap=use_vmap,
-        device=device,
-        config=config,
-        **kwargs,
-    )
-
-
-def _structured(
-    padding: Tensor | None, batch: int, q_length: int, kv_length: int, kv_offset: int, window: int, device: Any
-) -> Tensor | None:
-    if window >= kv_length:
-        window = 0
-    if padding is None or _known_full(padding):
-        if q_length == kv_length and not window:
-            return None  # causal masking alone, which the module's own flag says
-        return torch.ones((), dtype=_STRUCTURE, device=device).expand(1, window + 1, 2, kv_length)
-    keep = _at_keys(padding, kv_length, kv_offset).to(_STRUCTURE)
-    return keep[:, None, None, :].expand(-1, window + 1, -1, -1)
-
-
-def _window(mask_function: Any, local_size: int | None, config: Any) -> int | None:
-    """Keys in the sliding window of a plainly causal mask, 0 for no window; None for any other mask."""
-    if local_size is None:
-        return 0 if mask_function is masking_utils.causal_mask_function else None
-    sliding, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    bidirectional = not getattr(config, "is_causal", True)
-    return local_size if local_size == sliding and local_size != chunk and not bidirectional else None
-
-
-def _at_keys(padding: Tensor, kv_length: int, kv_offset: int) -> Tensor:
-    return padding[:, kv_offset : kv_offset + kv_length]
-
-
-def _known_full(padding: Tensor) -> bool:
-    return not masking_utils.is_tracing(padding) and bool(padding.all())
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -191,7 +108,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     _backend: str | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function; layout (batch, heads, seq, head_dim) in, (batch, seq, heads, head_dim) out.
 
     Args:
@@ -201,11 +118,16 @@ def attention_forward(
         s_aux: a sink per head: a key without a value. Served on backends with an LSE, without gradients.
         position_bias: added to the scores.
 
+    Returns:
+        The output; and with ``output_attentions`` the weights (batch, heads, Q, K), which the ``reference`` computes
+        beside it, whatever the backend of the output; else None.
+
     Raises:
         BackendRejectedError: sparse indices, or gradients through sinks.
-        InvalidCallError: attention weights were asked for, or the mask was changed on its way here.
+        InvalidCallError: attention weights and dropout, or the mask was changed on its way here.
     """
     _refuse_unserved(attention_mask, kwargs)
+    wants_weights = _wants_weights(module, dropout, kwargs)
     options: dict[str, Any] = {}
     if softcap:
         options["softcap"] = softcap
@@ -219,8 +141,8 @@ def attention_forward(
             # A static cache in its first step: what lies past the queries is not filled yet.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
             position_bias = None if position_bias is None else position_bias[..., :q_len]
-    elif mask.dtype == _STRUCTURE:
-        mask, causal = _read_structure(mask, q_len, k_len, options)
+    elif mask.dtype == STRUCTURE:
+        mask, causal = read_structure(mask, q_len, k_len, options)
     if position_bias is not None:
         mask = position_bias if mask is None else _biased(position_bias, mask)
     if query.shape[0] != key.shape[0]:
@@ -228,51 +150,50 @@ def attention_forward(
     if s_aux is not None:
         _refuse_gradients(query, key, value, s_aux)
         options["return_lse"] = True
-    out = dispatch_attention_fn(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        mask,
-        dropout,
-        causal,
-        scaling,
-        query.shape[1] != key.shape[1],
-        options or None,
-        backend=module.__dict__.get("_attention_backend") or _backend,
-    )
+    call: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal, "scale": scaling}
+    call["enable_gqa"] = query.shape[1] != key.shape[1]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    backend = module.__dict__.get("_attention_backend") or _backend
+    out = dispatch_attention_fn(query, key, value, attention_kwargs=options or None, backend=backend, **call)
+    weights = None
+    if wants_weights:
+        options.pop("return_lse", None)
+        weights = _weights(query, key, k_len, attention_kwargs=options or None, **call)
     if s_aux is not None:
         out, lse = out
         # The sink adds exp(s) to the denominator exp(lse).
         share = torch.sigmoid(lse - s_aux.to(lse.dtype).reshape(1, -1, 1))
         out = (out * share.transpose(1, 2)[..., None]).to(query.dtype)
-    return out.contiguous(), None
+        weights = None if weights is None else (weights * share[..., None]).to(query.dtype)
+    return out.contiguous(), weights
 
 
-def _forward_on(name: str) -> Callable[..., tuple[Tensor, None]]:
-    def attention_forward_on(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def _wants_weights(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> bool:
+    config = getattr(module, "config", None)
+    wanted = bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+    if wanted and dropout:
+        raise InvalidCallError(
+            "output_attentions=True with dropout asks for the weights that were dropped, which no backend returns. Call "
+            "model.eval(), or use attn_implementation='eager'."
+        )
+    return wanted
+
+
+def _weights(query: Tensor, key: Tensor, k_len: int, **call: Any) -> Tensor:
+    """(batch, heads, Q, ``k_len``): what attention makes of the identity for values. Keys past ``key`` have weight 0."""
+    batch, keys, groups, _ = key.shape
+    identity = torch.eye(keys, k_len, dtype=query.dtype, device=query.device)
+    values = identity[None, :, None].expand(batch, -1, groups, -1)
+    weights: Tensor = dispatch_attention_fn(query, key, values, backend="reference", **call)
+    return weights.transpose(1, 2)
+
+
+def _forward_on(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention_forward_on(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         kwargs["_backend"] = name
         return attention_forward(*args, **kwargs)
 
     return attention_forward_on
-
-
-def _read_structure(mask: Tensor, q_len: int, k_len: int, options: dict[str, Any]) -> tuple[Tensor | None, bool]:
-    """(mask, is_causal) of a structured mask; a window goes into ``options``."""
-    if mask.ndim != 4 or mask.shape[2] not in (1, 2) or mask.shape[3] != k_len:
-        raise InvalidCallError(
-            f"the model changed its mask to shape {tuple(mask.shape)}, for {k_len} keys, before its attention saw it. "
-            f"Use attn_implementation='sdpa' for this model, or pass a 4-D mask of your own."
-        )
-    window, offset = mask.shape[1] - 1, k_len - q_len
-    left = window - 1 - offset if window else -1
-    padding = mask[:, 0, :1].bool()[:, None] if mask.shape[2] == 1 else None
-    if offset == 0:
-        if window:
-            options["window_size"] = (left, 0)
-        return padding, True
-    # Q < K with a cache: causal masking is aligned to the last key, which a top-left window says.
-    options["window_size"] = (left, offset)
-    return padding, False
 
 
 def _biased(bias: Tensor, mask: Tensor) -> Tensor:
@@ -285,11 +206,6 @@ def _one_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _refuse_unserved(attention_mask: Any, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("output_attentions"):
-        raise InvalidCallError(
-            "output_attentions=True asks for attention weights, which no backend returns. Use "
-            "attn_implementation='eager' for that."
-        )
     for name in _UNSERVED:
         if kwargs.get(name) is not None:
             reason = Reason(
