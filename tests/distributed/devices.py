@@ -65,7 +65,8 @@ def run_devices(rank: int) -> dict[str, Any]:
             continue
         for scheme in SCHEMES:
             for name in CALLS:
-                for training in (False, True):
+                # The kernel may be built without its backward.
+                for training in (False,) if backend == "_flash_3" else (False, True):
                     key = f"{backend} {scheme} {name} {'training' if training else 'inference'}"
                     found[key] = outcome(lambda backend=backend, scheme=scheme, name=name, training=training:
                                          run_call(backend, made[scheme], name, training))

@@ -64,7 +64,7 @@ def merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, into_
         lse_a, lse_b, into_lse: (B, H, S) float32.
     """
     batch, rows, heads, head_dim = into_out.shape
-    with torch.cuda.device(into_out.device):
+    with torch.cuda.device_of(into_out):
         _merge[(triton.cdiv(rows, _ROWS), batch * heads)](
             out_a, lse_a, out_b, lse_b, into_out, into_lse, rows, heads, head_dim,
             *out_a.stride()[:3], *out_b.stride()[:3], *into_out.stride()[:3],
