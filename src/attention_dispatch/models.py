@@ -224,7 +224,9 @@ def _left(
 
 def _keeps(site: Site, why: str) -> str:
     choice = setting(site)
-    return why if choice is None else f"{why}; keeps {choice}"
+    if choice is None:
+        return why
+    return f"{why}; keeps {choice!r}" if isinstance(choice, str) else f"{why}; keeps {choice}"
 
 
 def _nothing_routed(model: Any, sites: Sequence[Site]) -> str:
