@@ -76,12 +76,20 @@ def dispatch_attention_fn(
         >>> ad.dispatch_attention_fn(q, k, v, is_causal=True, backend=["flash", "native"]).shape
         torch.Size([2, 16, 4, 64])
     """
-    if attn_mask is None and attention_kwargs is None and parallel_config is None and not _is_dynamo_compiling():
+    if backend.__class__ is list:
+        backend = tuple(backend)  # can be a key
+    if attention_kwargs is None and parallel_config is None and not _is_dynamo_compiling():
         try:
+            if attn_mask is None:
+                return _bound[
+                    query.shape, key.shape, value.shape, query.dtype, query.device,
+                    dropout_p, is_causal, scale, enable_gqa, backend, current.fields["effective"],
+                ](query, key, value)  # fmt: skip
             return _bound[
                 query.shape, key.shape, value.shape, query.dtype, query.device,
                 dropout_p, is_causal, scale, enable_gqa, backend, current.fields["effective"],
-            ](query, key, value)  # fmt: skip
+                attn_mask.shape, attn_mask.dtype,
+            ](query, key, value, attn_mask)  # fmt: skip
         except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError):
             # Not seen before, or not as the kernel needs it, or the caller's mistake: the long way tells.
             pass
@@ -229,11 +237,11 @@ def _dispatch(
     call = _canonical(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
     request = request_for(backend).for_lengths(call.query.shape[1], call.key.shape[1])
     spec = spec_of(call)
-    if _is_dynamo_compiling():
-        output = _forwards[_traced_choice(request.mode, request.names, *spec)](call)
-        return (output.out, output.lse) if call.return_lse else output.out
     if call.key.shape[1] == 0 or call.query.numel() == 0:
+        # Traced too: aten flash ends the process with a floating point exception (torch 2.13, CPU).
         output = _without_keys(call)
+    elif _is_dynamo_compiling():
+        output = _forwards[_traced_choice(request.mode, request.names, *spec)](call)
     else:
         began = store.generation()
         plan = plan_for(request, spec, call)
@@ -244,11 +252,13 @@ def _dispatch(
             shadow_check(call, spec, plan, output)
         if current.state.observer is not None:
             output = current.state.observer(call, spec, request, plan, output)
-        elif attn_mask is None and attention_kwargs is None and not checks and _repeats(call, query, backend):
-            bound = (
+        elif attention_kwargs is None and not checks and _repeats(call, query, attn_mask, spec, backend):
+            bound: tuple[Any, ...] = (
                 query.shape, key.shape, value.shape, query.dtype, query.device,
                 dropout_p, is_causal, scale, enable_gqa, backend, current.fields["effective"],
             )  # fmt: skip
+            if attn_mask is not None:
+                bound += (attn_mask.shape, attn_mask.dtype)
             run = short_way(plan, request, call, spec, _bound.get(bound))
             if len(_bound) >= _MAX_BOUND:
                 _bound.clear()
@@ -259,9 +269,10 @@ def _dispatch(
     return (output.out, output.lse) if call.return_lse else output.out
 
 
-def _repeats(call: AttentionCall, query: Tensor, backend: Any) -> bool:
+def _repeats(call: AttentionCall, query: Tensor, attn_mask: Any, spec: CallSpec, backend: Any) -> bool:
     """Whether the next call like this one can be known by its arguments: nothing was cast, and all can be a key."""
-    return call.query is query and isinstance(backend, Hashable)
+    mask_says = attn_mask is None or (call.mask is not None and call.mask.tensor is not None and not spec.mask_grad)
+    return mask_says and call.query is query and isinstance(backend, Hashable)
 
 
 _forwards: dict[str, Callable[[AttentionCall], AttentionOutput]] = {}

@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .call import AttentionCall, AttentionOutput, CallSpec
+from .masks import Mask, normalise
 from .request import Request
 from .resolve import Plan
 from .tuning import store
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Called with query, key, value, and the caller's mask if the call has one.
+Run = Callable[..., Tensor]
 
 _grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -31,15 +34,19 @@ class Choices:
         # Only measured choices depend on strides. Whoever changes the store drops this object.
         self._by_strides = bool(store.entries(device))
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
+        if forward_ad._current_level >= 0:
+            raise KeyError("derivatives in forward mode, which requires_grad does not tell")
         return self._ways[
             _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
             self._by_strides and query.is_contiguous() and key.is_contiguous() and value.is_contiguous(),
             _autocast_dtype(query) if _any_autocast() else None,
-        ](query, key, value)
+        ](query, key, value, *mask)
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, run: Run) -> None:
         """Take ``run`` for calls in the state of this one."""
+        if forward_ad._current_level >= 0:
+            return
         self._ways[
             _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
             self._by_strides and query.is_contiguous() and key.is_contiguous() and value.is_contiguous(),
@@ -56,7 +63,7 @@ def short_way(plan: Plan, request: Request, call: AttentionCall, spec: CallSpec,
     """The function for calls that look like this one.
 
     Args:
-        plan: the decision on the call, which has no mask and no ``attention_kwargs``.
+        plan: the decision on the call, which has no ``attention_kwargs``.
         request: which led to it. call, spec: the call.
         known: the function that calls of this shape have so far; None for the first.
     """
@@ -66,26 +73,60 @@ def short_way(plan: Plan, request: Request, call: AttentionCall, spec: CallSpec,
         # One backend, whatever else is true of a call; and its kernel checks its own arguments.
         return run
     choices = known if isinstance(known, Choices) else Choices(spec.device)
-    choices.add(call.query, call.key, call.value, run or _direct(backend.forward, call))
+    if run is None:
+        run = _direct(backend.forward, call) if call.mask is None else _masked(backend.forward, call, call.mask)
+    choices.add(call.query, call.key, call.value, run)
     return choices
 
 
 def _direct(forward: Callable[[AttentionCall], AttentionOutput], call: AttentionCall) -> Run:
     """A kernel that trusts its arguments, behind the checks that a shape leaves open."""
-    dtype, device = call.query.dtype, call.query.device
+    fits = _fits(call)
     dropout_p, is_causal, scale, enable_gqa = call.dropout_p, call.is_causal, call.scale, call.enable_gqa
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if (
-            key.dtype is not dtype
-            or value.dtype is not dtype
-            or key.device != device
-            or value.device != device
-            or query.stride(3) != 1
-            or key.stride(3) != 1
-            or value.stride(3) != 1
-        ):
+        if not fits(query, key, value):
             raise KeyError("not as a kernel needs it: the long way tells, or copies")
         return forward(AttentionCall(query, key, value, None, dropout_p, is_causal, scale, enable_gqa)).out
 
     return run
+
+
+def _masked(forward: Callable[[AttentionCall], AttentionOutput], call: AttentionCall, like: Mask) -> Run:
+    """The same for calls with a mask of the kind and the extent of ``like``."""
+    fits = _fits(call)
+    dropout_p, is_causal, scale, enable_gqa = call.dropout_p, call.is_causal, call.scale, call.enable_gqa
+    batch, q_len, heads, _head_dim = call.query.shape
+    k_len, device = call.key.shape[1], call.query.device
+    kind, shape = like.kind, None if like.tensor is None else like.tensor.shape
+
+    def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+        mask = normalise(attn_mask, batch, heads, q_len, k_len, device)
+        if (
+            mask is None
+            or mask.tensor is None
+            or mask.kind != kind
+            or mask.tensor.shape != shape
+            or mask.tensor.requires_grad
+            or not fits(query, key, value)
+        ):
+            raise KeyError("not like the call that was decided on: the long way tells")
+        return forward(AttentionCall(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)).out
+
+    return run
+
+
+def _fits(call: AttentionCall) -> Callable[[Tensor, Tensor, Tensor], bool]:
+    """Whether tensors of the shapes, and a query of the dtype and device, of ``call`` are as a kernel needs them."""
+    dtype, device = call.query.dtype, call.query.device
+
+    def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+        return (
+            key.dtype is dtype
+            and value.dtype is dtype
+            and key.device == device
+            and value.device == device
+            and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        )
+
+    return fits

@@ -75,10 +75,57 @@ def test_the_second_call_takes_the_short_way(request_, tensors, ran, long_ways):
     assert len(long_ways) == 1
 
 
-def test_lists_are_served_though_they_cannot_be_remembered(tensors, ran):
+@pytest.mark.parametrize("request_", ["auto", ["one", "native"], "native", "reference"])
+def test_calls_with_a_mask_take_it_too(request_, tensors, ran, long_ways):
+    mask = torch.rand(1, 1, 16, 16) > 0.3
+    first = ad.dispatch_attention_fn(*tensors, mask, backend=request_)
+    assert torch.equal(ad.dispatch_attention_fn(*tensors, mask, backend=request_), first)
+    assert len(long_ways) == 1
+
+
+def _masks():
+    keep = torch.rand(1, 1, 16, 16) > 0.3
+    lower = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
+    return {
+        "another": lower,
+        "changed in place": keep.clone(),
+        "all True": torch.ones(1, 1, 16, 16, dtype=torch.bool),
+        "expanded keys": (torch.arange(16) < 9)[None, None, None].expand(1, 1, 16, 16),
+        "additive": torch.randn(1, 1, 16, 16),
+        "per head": torch.rand(1, 2, 16, 16) > 0.3,
+        "trained": torch.randn(1, 1, 16, 16, requires_grad=True),
+        "wrong rows": torch.zeros(1, 1, 16, 16).bool(),
+    }
+
+
+@pytest.mark.parametrize("name", _masks())
+@pytest.mark.parametrize("request_", ["auto", "native"])
+def test_a_short_way_serves_only_masks_like_the_one_decided_on(request_, name, tensors):
+    mask = _masks()[name]
+    kept = torch.rand(1, 1, 16, 16) > 0.3
+    for known in (kept, torch.randn(1, 1, 16, 16)):
+        for _ in range(2):
+            ad.dispatch_attention_fn(*tensors, known, backend=request_)
+    if name == "changed in place":
+        mask.copy_(kept)
+        ad.dispatch_attention_fn(*tensors, mask, backend=request_)
+        mask[..., 3:] = False
+    out = ad.dispatch_attention_fn(*tensors, mask, backend=request_)
+    expected = ad.dispatch_attention_fn(*(x.double() for x in tensors), mask, backend="reference")
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+    if name == "trained":
+        (gradient,) = torch.autograd.grad(out.sum(), mask)
+        assert gradient.abs().max() > 0
+
+
+def test_a_wrong_mask_is_refused_after_a_right_one(tensors):
+    mask = torch.ones(1, 16, dtype=torch.bool).tril()
     for _ in range(2):
-        ad.dispatch_attention_fn(*tensors, backend=["one", "native"])
-    assert ran == ["one", "one"]
+        ad.dispatch_attention_fn(*tensors, mask)
+    with pytest.raises(ad.InvalidCallError, match="attn_mask"):
+        ad.dispatch_attention_fn(*tensors, torch.ones(1, 15, dtype=torch.bool))
+    with pytest.raises(ad.InvalidCallError, match="head_dim"):
+        ad.dispatch_attention_fn(tensors[0], tensors[1][..., :4], tensors[2], mask)
 
 
 def test_a_new_measurement_counts_at_the_next_call(tensors, ran):
