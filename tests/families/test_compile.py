@@ -127,6 +127,20 @@ def test_lse_in_a_graph(on_cpu):
     assert close(lse[0], expected.lse[0])
 
 
+@pytest.mark.parametrize("name", ["flash", "flash_4", "sage"])
+def test_causal_with_more_queries_than_keys_in_a_graph(name, on_cpu):
+    on_cpu(name, {"flash": "flash_attn-2.8.3", "flash_4": "flash_attn_4-4.0.0b36", "sage": "sageattention-2.2.0"}[name])
+    query, (_, key, value) = tensors(12)[0], tensors(7)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(query, key, value):
+        return dispatch_attention_fn(query, key, value, is_causal=True, backend=name)
+
+    with torch.no_grad():
+        out = attend(query, key, value)
+    assert close(out, attention(canonicalise(query, key, value, is_causal=True)).out)
+
+
 def test_sage_options_reach_the_kernel_in_a_graph(on_cpu):
     name = "_sage_qk_int8_pv_fp16_cuda"
     _, calls = on_cpu(name, "sageattention-2.2.0")

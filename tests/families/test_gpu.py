@@ -31,6 +31,7 @@ CASES = {
     "lse": {"lse": True},
     "causal_lse": {"is_causal": True, "lse": True},
     "causal_fewer_queries": {"is_causal": True, "q_len": 130, "k_len": 333, "lse": True},
+    "causal_more_queries": {"is_causal": True, "q_len": 333, "k_len": 130, "lse": True},
     "window": {"window_size": (50, 20), "lse": True},
     "window_fewer_queries": {"window_size": (50, 20), "q_len": 130, "k_len": 333},
     "causal_window": {"window_size": (50, 0), "is_causal": True},

@@ -14,7 +14,7 @@ from ..call import AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
 from ..errors import Reason
 from ..registry import Backend
-from . import source, traced
+from . import alignment, source, traced
 from .source import HubKernel
 from .traced import Arguments, Extras
 
@@ -29,7 +29,7 @@ _CAPABILITIES = (
         # Built for head dims 64 and 128; smaller ones are padded.
         max_head_dim=128,
         head_dim_v=True,
-        causal="fewer_queries",
+        causal="any",
         dropout=True,
         gqa=True,
         lse=True,
@@ -67,10 +67,11 @@ AITER = Backend(
     name="aiter_fa2_hub",
     family="aiter",
     capabilities=_CAPABILITIES,
-    forward=_forward,
+    forward=alignment.any_lengths(_forward),
     load=lambda: source.load(_SOURCE),
     probe=lambda: source.probe(_SOURCE, _CAPABILITIES),
     extra_reasons=_extra_reasons,
+    adapters=lambda spec: (alignment.SPLIT,) if alignment.splits(spec) else (),
     external=True,
     url="https://huggingface.co/kernels-community/aiter-flash-attn-ck",
     summary="aiter FlashAttention on AMD Instinct from the Hub, forward only (not run on an AMD GPU)",

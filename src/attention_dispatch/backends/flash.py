@@ -20,7 +20,7 @@ from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
 from ..errors import BackendRejectedError, Reason
 from ..registry import Backend
-from . import source, traced
+from . import alignment, source, traced
 from .source import HubKernel, Package, Source
 from .traced import Arguments, Extras
 
@@ -80,7 +80,7 @@ def _capabilities(variant: _Variant) -> Capabilities:
         masks=frozenset({"key_padding"} if masked else ()),
         # Packing moves keys, and with them the positions that causal masking and windows compare.
         mask_with_causal=False,
-        causal="fewer_queries",
+        causal="any",
         window="fewer_queries",
         softcap=True,
         dropout=variant.generation == 2,
@@ -158,6 +158,8 @@ def _bind(variant: _Variant) -> Callable[[AttentionCall], Callable[[Tensor, Tens
             return None
         body, arguments = _bodies[variant.name], _arguments(call, call.is_causal, -1, -1)
         q_len = call.query.shape[1]
+        if call.is_causal and call.key.shape[1] < q_len:
+            return None
         if call.is_causal and call.key.shape[1] > q_len:
             return lambda query, key, value: body(query, key[:, :q_len], value[:, :q_len], (), arguments)[0]
         return lambda query, key, value: body(query, key, value, (), arguments)[0]
@@ -320,7 +322,9 @@ def _multiple_of_8(head_dim: int) -> int:
 def _adapters(variant: _Variant) -> Callable[[CallSpec], tuple[str, ...]]:
     def adapters(spec: CallSpec) -> tuple[str, ...]:
         pad = variant.generation != 2 and (spec.head_dim % 8 or spec.head_dim_v % 8)
-        return (("pad_head_dim",) if pad else ()) + (("pack_keys",) if spec.mask != "none" else ())
+        names: tuple[str, ...] = ("pad_head_dim",) if pad else ()
+        names += ("pack_keys",) if spec.mask != "none" else ()
+        return names + ((alignment.SPLIT,) if alignment.splits(spec) else ())
 
     return adapters
 
@@ -334,7 +338,7 @@ def _backend(variant: _Variant) -> Backend:
         name=variant.name,
         family="flash",
         capabilities=capabilities,
-        forward=_forward(variant),
+        forward=alignment.any_lengths(_forward(variant)),
         load=lambda: source.load(variant.source),
         probe=lambda: source.probe(variant.source, capabilities),
         extra_reasons=_extra_reasons(variant),

@@ -20,7 +20,7 @@ from ..capabilities import Capabilities, Tolerance
 from ..errors import InvalidCallError, Reason
 from ..masks import derived
 from ..registry import Backend
-from . import sage_1, source, traced
+from . import alignment, sage_1, source, traced
 from .source import HubKernel, Package, Source
 from .traced import Arguments, Extras
 
@@ -132,7 +132,7 @@ def _capabilities(variant: _Variant) -> Capabilities:
         max_head_dim=128,
         masks=variant.masks,
         mask_with_causal=False,
-        causal="equal",
+        causal="any",
         gqa=True,
         lse=variant.function != "sageattn_varlen",
         options=variant.options,
@@ -143,6 +143,8 @@ def _capabilities(variant: _Variant) -> Capabilities:
 
 def _forward(variant: _Variant) -> Callable[[AttentionCall], AttentionOutput]:
     def forward(call: AttentionCall) -> AttentionOutput:
+        if call.is_causal:
+            call = adapt.top_left_by_slicing(call)
         arguments = _arguments(variant, call)
         if variant.function == "sageattn_varlen":
             return _packed_forward(variant, call, arguments)
@@ -295,7 +297,7 @@ def _adapters(variant: _Variant) -> Callable[[CallSpec], tuple[str, ...]]:
             names += ("pack_keys",) if spec.mask != "none" else ()
         elif spec.lse and spec.heads != spec.kv_heads:
             names += ("expand_kv",)
-        return names
+        return names + ((alignment.SPLIT,) if alignment.splits(spec) else ())
 
     return adapters
 
@@ -303,6 +305,8 @@ def _adapters(variant: _Variant) -> Callable[[CallSpec], tuple[str, ...]]:
 def _bind(variant: _Variant) -> Callable[[AttentionCall], Callable[[Tensor, Tensor, Tensor], Tensor] | None]:
     def bind(call: AttentionCall) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         if variant.function == "sageattn_varlen" or call.mask is not None or call.return_lse:
+            return None
+        if call.is_causal and call.query.shape[1] != call.key.shape[1]:
             return None
         body, arguments = _bodies[variant.name], _arguments(variant, call)
 
@@ -324,7 +328,7 @@ def _backend(variant: _Variant) -> Backend:
         name=variant.name,
         family="sage",
         capabilities=capabilities,
-        forward=_forward(variant),
+        forward=alignment.any_lengths(_forward(variant)),
         load=lambda: source.load(variant.source),
         probe=lambda: source.probe(variant.source, capabilities),
         extra_reasons=_extra_reasons(variant),
