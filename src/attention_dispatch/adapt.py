@@ -24,13 +24,8 @@ class Adapter(NamedTuple):
 
 
 def _dense_mask_bytes(call: AttentionCall) -> int:
-    batch = heads = 1
-    width = 1
-    if call.mask is not None and call.mask.tensor is not None:
-        tensor = call.mask.tensor
-        batch = tensor.shape[0]
-        heads = tensor.shape[1] if tensor.ndim == 4 else 1
-        width = call.query.element_size() if call.mask.kind == "bias" else 1
+    batch, heads = _mask_rows(call)
+    width = call.query.element_size() if call.mask is not None and call.mask.kind == "bias" else 1
     return batch * heads * call.query.shape[1] * call.key.shape[1] * width
 
 
@@ -43,19 +38,35 @@ def _padded_head_dim_bytes(call: AttentionCall) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (call.query, call.key, call.value))
 
 
-def _expanded_bias_bytes(call: AttentionCall) -> int:
-    batch, q_len, heads, _ = call.query.shape
-    return batch * heads * q_len * (-(-call.key.shape[1] // 8) * 8) * call.query.element_size()
+def _aligned_bias_bytes(call: AttentionCall) -> int:
+    batch, heads = _mask_rows(call)
+    return batch * heads * call.query.shape[1] * (-(-call.key.shape[1] // 8) * 8) * call.query.element_size()
+
+
+def _additive_mask_bytes(call: AttentionCall) -> int:
+    merged = call.is_causal or call.window_size != FULL_WINDOW
+    if merged or call.mask is None or call.mask.tensor is None:
+        batch, heads = _mask_rows(call)
+        return batch * heads * call.query.shape[1] * call.key.shape[1] * call.query.element_size()
+    return call.mask.tensor.numel() * call.query.element_size()
+
+
+def _mask_rows(call: AttentionCall) -> tuple[int, int]:
+    """How many samples and heads have a mask of their own."""
+    if call.mask is None or call.mask.tensor is None:
+        return 1, 1
+    tensor = call.mask.tensor
+    return tensor.shape[0], tensor.shape[1] if tensor.ndim == 4 else 1
 
 
 ADAPTERS: dict[str, Adapter] = {
     "dense_mask": Adapter("builds a Q x K mask from causal masking, window and mask", _dense_mask_bytes),
     "expand_kv": Adapter("repeats k and v for every query head", _expanded_kv_bytes),
     "pad_head_dim": Adapter("pads the head dim to a multiple of 8", _padded_head_dim_bytes),
-    "aligned_bias": Adapter("expands the mask to (B, H, Q, K) with rows aligned to 16 bytes", _expanded_bias_bytes),
-    "additive_mask": Adapter(
-        "turns the bool mask into an additive one", lambda call: _dense_mask_bytes(call) * call.query.element_size()
+    "aligned_bias": Adapter(
+        "writes an additive mask for all queries, its rows aligned to 16 bytes", _aligned_bias_bytes
     ),
+    "additive_mask": Adapter("turns the bool mask into an additive one", _additive_mask_bytes),
 }
 
 
@@ -103,14 +114,20 @@ def as_dense_mask(call: AttentionCall) -> Tensor | None:
 
 
 def as_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as 0 / -inf in ``dtype``; an additive one cast to ``dtype``."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
+    """A bool mask as 0 / -inf in ``dtype``; an additive one cast to ``dtype``, where finite numbers stay finite."""
+    if mask.dtype == dtype:
+        return mask
 
     def build() -> Tensor:
-        return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), float("-inf"))
+        if mask.dtype == torch.bool:
+            return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), float("-inf"))
+        limit = torch.finfo(dtype).max
+        if torch.finfo(mask.dtype).max <= limit:
+            return mask.to(dtype)
+        # torch.finfo(torch.float32).min would become -inf, which hides a key also where all are equally unlikely.
+        return torch.where(mask == float("-inf"), mask, mask.clamp(-limit, limit)).to(dtype)
 
-    return derived(mask, ("additive", dtype), build)
+    return build() if mask.requires_grad else derived(mask, ("additive", dtype), build)
 
 
 def aligned_bias(mask: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:

@@ -66,3 +66,6 @@ def test_copies_are_listed_with_their_bytes(tensors):
     found = ad.explain(*tensors, attention_kwargs={"window_size": (4, 4)}, backend="native")
     assert [(copy.adapter, copy.bytes) for copy in found.copies] == [("dense_mask", 32 * 32)]
     assert "aten" in found.kernel
+    padding = torch.arange(32) < 20
+    found = ad.explain(*tensors, padding[None], backend="_native_flash")
+    assert [(copy.adapter, copy.bytes) for copy in found.copies] == [("additive_mask", 32 * 4)]
