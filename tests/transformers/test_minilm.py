@@ -1,4 +1,7 @@
-"""Real weights: embeddings of a padded batch are those of sdpa on every exact backend of the CPU."""
+"""Real weights: embeddings of a padded batch are those of sdpa on every exact backend of the CPU, and near them on the
+quantised ones of a GPU."""
+
+import copy
 
 import pytest
 import torch
@@ -15,35 +18,60 @@ EXACT = ("native", "_native_flash", "_native_math", "flex", "reference")
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModel.from_pretrained(weights.get_model_path(), attn_implementation="sdpa").eval()
+    path = weights.get_model_path()
+    return AutoModel.from_pretrained(path, attn_implementation="sdpa", dtype=torch.float32).eval()
 
 
-def embed(model, **padding):
+def embed(model, sentences=SENTENCES, **padding):
+    """Unit vectors (sentences, 384): the mean over the tokens that are not padding."""
     tokenizer = AutoTokenizer.from_pretrained(weights.get_model_path(), **padding)
-    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    batch = tokenizer(sentences, padding=True, return_tensors="pt").to(model.device)
     assert not batch["attention_mask"].all()
     with torch.no_grad():
         tokens = model(**batch).last_hidden_state
     keep = batch["attention_mask"][..., None]
-    return torch.nn.functional.normalize((tokens * keep).sum(1) / keep.sum(1), dim=-1)
+    return torch.nn.functional.normalize((tokens.float() * keep).sum(1) / keep.sum(1), dim=-1)
+
+
+def routed(model, name, **kwargs):
+    """Embeddings on a backend, all six layers of which really ran there, with padding as padding."""
+    used = []
+    current.observer = lambda call, spec, request, plan, output: used.append((plan.backend.name, spec.mask)) or output
+    current.refresh()
+    ad.set_attention_backend(model, name)
+    try:
+        result = embed(model, **kwargs)
+    finally:
+        ad.reset_attention_backend(model)
+        current.observer = None
+        current.refresh()
+    assert used == [(name, "key_padding")] * 6
+    return result
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", EXACT)
 def test_embeddings_are_those_of_sdpa(name, side, model):
     expected = embed(model, padding_side=side)
-    used = []
-    current.observer = lambda call, spec, request, plan, output: used.append((plan.backend.name, spec.mask)) or output
-    current.refresh()
-    ad.set_attention_backend(model, name)
-    try:
-        result = embed(model, padding_side=side)
-    finally:
-        ad.reset_attention_backend(model)
-        current.observer = None
-        current.refresh()
-    assert used == [(name, "key_padding")] * 6
-    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(routed(model, name, padding_side=side), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["triton_sage", "triton_sage_fp16"])
+def test_quantised_embeddings_point_where_those_of_sdpa_do(name, side, dtype, model, cuda):
+    """A head dimension of 32, and lengths from 4 to some 240 tokens in one batch."""
+    sentences = [*SENTENCES, " ".join(SENTENCES * 8)]
+    exact = copy.deepcopy(model).to(cuda)
+    expected = embed(exact, sentences, padding_side=side)
+    half = exact.to(dtype)
+    unquantised = embed(half, sentences, padding_side=side)
+    result = routed(half, name, sentences=sentences, padding_side=side)
+    assert not torch.equal(result, unquantised)
+    cosine = (result * expected).sum(-1)
+    print(f"\n{name} {dtype} {side}: cosine {cosine.min():.6f}, of sdpa in {dtype} {(unquantised * expected).sum(-1).min():.6f}")
+    assert cosine.min() >= 0.999
 
 
 def test_padding_counts(model):
