@@ -19,9 +19,12 @@ from .ring import Ring
 from .sharded_mask import MaskForm
 
 # A chunk of heads should still fill the GPU: about four tiles of 128 query rows for each of an H100's 132 SMs (chunks of
-# half that size made the kernel 5 % slower), and keep it busy for the millisecond that its launches may take.
-_TILE_ROWS, _TILES_PER_CHUNK, _OPERATIONS_PER_CHUNK = 128, 500, 0.6e12
-# Ulysses ranks wait for each other at every chunk, so more chunks than it takes to overlap cost time (H100, 2026-11-25).
+# half that size made the kernel 5 % slower).
+_TILE_ROWS, _TILES_PER_CHUNK = 128, 500
+# And it should keep the GPU busy, at 600 TFLOP/s for the millisecond that the launches of a ring step may take, or for
+# several times what an exchange takes.
+_OPERATIONS_PER_RING_CHUNK, _OPERATIONS_PER_EXCHANGED_CHUNK = 0.6e12, 3e12
+# Ulysses ranks wait for each other at every chunk. Two overlap half of the exchange; more cost time (H100, 2026-11-25).
 _MOST_EXCHANGED_CHUNKS = 2
 
 
@@ -151,7 +154,8 @@ def _choose_chunks(query: Tensor, rows: int, keys: int, heads: Sequence[HeadRang
     group = max(rank.q_stop - rank.q_start for rank in heads) // max(rank.kv_stop - rank.kv_start for rank in heads)
     tiles = query.shape[0] * -(-rows // _TILE_ROWS) * group
     operations = 4.0 * query.shape[0] * rows * keys * group * query.shape[3]
-    fewest = max(math.ceil(_TILES_PER_CHUNK / max(1, tiles)), math.ceil(_OPERATIONS_PER_CHUNK / max(1.0, operations)))
+    wanted = _OPERATIONS_PER_EXCHANGED_CHUNK if len(heads) > 1 else _OPERATIONS_PER_RING_CHUNK
+    fewest = max(math.ceil(_TILES_PER_CHUNK / max(1, tiles)), math.ceil(wanted / max(1.0, operations)))
     chunks = max(1, kv_heads // fewest)
     return min(chunks, _MOST_EXCHANGED_CHUNKS) if len(heads) > 1 else chunks
 
