@@ -74,7 +74,7 @@ def test_a_broken_package_is_unavailable_and_breaks_nothing_else(installed, brok
     installed(mine=broken)
     status = backend_status("mine")
     assert not status.available and what in status.reasons[0].what and status.reasons[0].fix
-    with pytest.raises(BackendUnavailableError, match="(?s)'mine' is not available.*Do:"):
+    with pytest.raises(BackendUnavailableError, match=r"(?s)'mine' is not available.*Do:"):
         dispatch_attention_fn(X, X, X, backend="mine")
     for request in (["mine", "native"], "auto", None):
         dispatch_attention_fn(X, X, X, backend=request)

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from attention_dispatch import (
     BackendRejectedError,
@@ -400,6 +401,29 @@ def test_2C_a_first_call_under_inference_mode_does_not_poison_training(name):
         return
     out.sum().backward()
     assert all(bool(leaf.grad.isfinite().all()) for leaf in leaves)
+
+
+@pytest.mark.parametrize("request_", ["flex", ["flex", "reference"]], ids=["demand", "permission"])
+def test_derivatives_in_forward_mode_are_needed_gradients_too(request_):
+    """No tensor requires a gradient then; a kernel that is forward-only would drop the tangent."""
+    query, key, value = tensors()
+
+    def call(query):
+        return dispatch_attention_fn(query, key, value, backend=request_)
+
+    for _ in range(3):
+        call(query)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        if request_ == "flex":
+            with pytest.raises(BackendRejectedError) as caught:
+                call(dual)
+            assert caught.value.codes == ("gradients",)
+            return
+        tangent = forward_ad.unpack_dual(call(dual)).tangent
+    step = 1e-4 * torch.ones_like(query).double()
+    ahead, behind = (truth(query.double() + sign * step, key, value)[0] for sign in (1, -1))
+    assert_close(tangent, (ahead - behind) / 2e-4, 1e-4)
 
 
 def test_2C_checks_do_not_warn_about_defaults(recwarn):

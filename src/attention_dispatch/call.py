@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .errors import InvalidCallError
 from .masks import Mask, check_dense, normalise
@@ -181,9 +182,12 @@ def spec_of(call: AttentionCall) -> CallSpec:
         mask_kind = mask.kind
         tensor = mask.tensor
         if tensor is not None:
-            per_head = tensor.ndim == 4 and tensor.shape[1] != 1
+            # Shapes are symbolic while a graph is traced; a branch makes their facts constants.
+            per_head = True if tensor.ndim == 4 and tensor.shape[1] != 1 else False
             mask_grad = torch.is_grad_enabled() and tensor.requires_grad
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or call.value.requires_grad)
+    if forward_ad._current_level >= 0:
+        grad = grad or any(forward_ad.unpack_dual(part).tangent is not None for part in (query, key, call.value))
     return CallSpec(
         query.device.type,
         architecture(query.device.type, query.device.index),
@@ -198,7 +202,7 @@ def spec_of(call: AttentionCall) -> CallSpec:
         mask_grad,
         call.is_causal,
         call.window_size != FULL_WINDOW,
-        # Floats are symbolic too while a graph is traced; a branch makes their facts constants.
+        # Floats are symbolic too.
         True if call.softcap else False,
         True if call.dropout_p else False,
         grad or mask_grad,
@@ -342,7 +346,8 @@ def _check_numbers(dropout_p: Any, scale: Any) -> None:
             raise InvalidCallError(
                 f"scale must be a float or None, got {type(scale).__name__}. Use scale.item() for a tensor."
             )
-        if not math.isfinite(scale):
+        # Comparisons, not math.isfinite: torch.compile makes floats symbolic with dynamic=True.
+        if not -math.inf < scale < math.inf:
             raise InvalidCallError(f"scale must be finite, got {scale!r}.")
 
 
@@ -376,7 +381,7 @@ def _checked_flag(name: str, value: Any) -> bool:
 def _checked_softcap(value: Any) -> float:
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
         raise InvalidCallError(f"softcap must be a finite number >= 0, got {value!r}.")
     return float(value)
 

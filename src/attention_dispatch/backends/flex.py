@@ -7,6 +7,7 @@ https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 
 from __future__ import annotations
 
+import itertools
 import threading
 import types
 from collections import OrderedDict
@@ -164,6 +165,10 @@ def _create(
 
 def _score_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
     softcap = call.softcap
+    if torch.compiler.is_compiling():
+        # With dynamic=True floats are symbolic, which flex_attention cannot capture (torch 2.13); spelling one makes it
+        # a constant of the graph.
+        softcap = float.fromhex(softcap.hex())
     bias = call.mask.tensor if call.mask is not None and call.mask.kind == "bias" else None
     if bias is None:
         return (lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)) if softcap else None
@@ -205,7 +210,10 @@ def _kernel_options(call: AttentionCall) -> dict[str, Any] | None:
     return {"FORCE_USE_FLEX_ATTENTION": True}
 
 
-_compiled: dict[Any, Callable[..., Any]] = {}
+# Least recently made first. A scale that changes with every call makes a kind of every call.
+_compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+_MAX_COMPILED = 128
+_made = itertools.count()
 
 
 def _kind_of(call: AttentionCall) -> tuple[Any, ...]:
@@ -223,7 +231,7 @@ def _compile(device: str) -> Callable[..., Any]:
 
     Dynamo counts recompilations per code object and stops at a limit; kinds of calls must not use up each other's.
     """
-    own = types.FunctionType(_run.__code__.replace(co_name=f"flex_{len(_compiled)}"), globals(), closure=None)
+    own = types.FunctionType(_run.__code__.replace(co_name=f"flex_{next(_made)}"), globals(), closure=None)
     forced = settings.flex_compile()
     fused = device != "cpu" if forced is None else forced
     return torch.compile(own, fullgraph=True) if fused else torch.compile(own, fullgraph=True, backend="eager")
@@ -234,6 +242,8 @@ def _run_compiled(call: AttentionCall, arguments: tuple[Any, ...]) -> Any:
     function = _compiled.get(kind)
     if function is None:
         function = _compiled[kind] = _compile(call.query.device.type)
+        while len(_compiled) > _MAX_COMPILED:
+            _compiled.popitem(last=False)
     try:
         return function(*arguments)
     except FailOnRecompileLimitHit:
