@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -212,6 +213,32 @@ def test_scales_that_are_not_positive_with_causal_masking(name, scale):
     query, key, value = tensors()
     out = dispatch_attention_fn(query, key, value, is_causal=True, scale=scale, backend=name)
     assert_close(out, attend(query.double(), key.double(), value.double(), is_causal=True, scale=scale)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_finite_numbers_of_a_mask_in_float32_stay_finite(name, dtype):
+    """Cast, torch.finfo(torch.float32).min is -inf; but a row of it has keys, all of them equally unlikely."""
+    query, key, value = (tensor.to(dtype) for tensor in tensors())
+    bias = torch.zeros(2, 1, 24, 24)
+    bias[..., 5:] = -1e38
+    bias[0, :, 3] = torch.finfo(torch.float32).min
+    bias[1, :, 3] = float("-inf")
+    out = dispatch_attention_fn(torch.zeros_like(query), key, value, bias, backend=name)
+    expected = attend(torch.zeros_like(query).double(), key.double(), value.double(), bias=bias.double())[0]
+    assert float((out - expected).abs().max()) < 8 * torch.finfo(dtype).eps
+    assert bool(out[0, 3].any()) and not bool(out[1, 3].any())
+
+
+def test_flex_keeps_a_bounded_number_of_compiled_functions(monkeypatch):
+    """A scale that is learned makes a kind of every call."""
+    monkeypatch.setattr(flex, "_MAX_COMPILED", 2)
+    monkeypatch.setattr(flex, "_compiled", OrderedDict())
+    query, key, value = tensors()
+    for scale in (0.1, 0.2, 0.3, 0.1):
+        out = dispatch_attention_fn(query, key, value, scale=scale, backend="flex")
+        assert_close(out, attend(query.double(), key.double(), value.double(), scale=scale)[0])
+    assert len(flex._compiled) == 2
 
 
 def test_no_keys_and_half_precision_sums_that_overflow():

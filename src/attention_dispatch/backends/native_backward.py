@@ -27,7 +27,7 @@ def mask_and_causal(call: AttentionCall) -> tuple[Tensor | None, bool]:
         return None, call.is_causal
     mask = adapt.as_dense_mask(call)
     if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(call.query.dtype)
+        mask = adapt.as_additive(mask, call.query.dtype)
     return mask, False
 
 
