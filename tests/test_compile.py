@@ -81,3 +81,19 @@ def test_lengths_of_zero(name, q_len, k_len):
     )
     out = compiled(*tensors(q_len, k_len))
     assert out.shape == (2, q_len, 2, 16) and not bool(out.any())
+
+
+@pytest.mark.parametrize("name", ["native", "_native_math", "flex", "reference", "auto"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_a_symbolic_length(name, strict):
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value):
+            return dispatch_attention_fn(query, key, value, is_causal=True, backend=name)
+
+    given = tensors(8, 8)
+    Model()(*given)
+    lengths = ({1: torch.export.Dim("length", min=2, max=64)},) * 3
+    exported = torch.export.export(Model(), tuple(given), dynamic_shapes=lengths, strict=strict)
+    query, key, value = tensors(12, 12)
+    expected = attend(query.double(), key.double(), value.double(), is_causal=True)[0]
+    assert float((exported.module()(query, key, value) - expected).abs().max()) < 1e-5

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -41,6 +42,24 @@ def test_a_mask_changed_in_place_is_read_again(name):
     mask.fill_(True)
     out = dispatch_attention_fn(query, key, value, mask, backend=name)
     assert_close(out, attend(query.double(), key.double(), value.double())[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", ["from numpy", "through numpy", "other memory"])
+def test_a_mask_changed_past_the_version_counter_is_read_again(name, way):
+    query, key, value = tensors()
+    array = np.ones((2, 1, 1, 24), dtype=bool)
+    mask = torch.from_numpy(array) if way == "from numpy" else torch.ones(2, 1, 1, 24, dtype=torch.bool)
+    for is_causal in (True, False):
+        dispatch_attention_fn(query, key, value, mask, is_causal=is_causal, backend=name)
+    if way == "other memory":
+        mask.data = torch.arange(24).expand(2, 1, 1, 24) < 5
+    else:
+        (array if way == "from numpy" else mask.numpy())[..., 5:] = False
+    for is_causal in (True, False):
+        out = dispatch_attention_fn(query, key, value, mask, is_causal=is_causal, backend=name)
+        wide = (tensor.double() for tensor in (query, key, value))
+        assert_close(out, attend(*wide, keep=mask, is_causal=is_causal)[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

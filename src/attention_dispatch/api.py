@@ -14,6 +14,7 @@ from .bound import Run, short_way
 from .call import STANDARD_KWARGS, AttentionCall, AttentionOutput, CallSpec, canonicalise, spec_of
 from .decision import Decision, decide
 from .errors import AttentionDispatchError, InvalidCallError
+from .masks import runs_now
 from .origin import origin_of
 from .request import Request, current, environment, parsed
 from .resolve import plan_for
@@ -240,7 +241,7 @@ def _dispatch(
     if call.key.shape[1] == 0 or call.query.numel() == 0:
         # Traced too: aten flash ends the process with a floating point exception (torch 2.13, CPU).
         output = _without_keys(call)
-    elif _is_dynamo_compiling():
+    elif torch.compiler.is_compiling():
         output = _forwards[_traced_choice(request.mode, request.names, *spec)](call)
     else:
         began = store.generation()
@@ -272,7 +273,7 @@ def _dispatch(
 def _repeats(call: AttentionCall, query: Tensor, attn_mask: Any, spec: CallSpec, backend: Any) -> bool:
     """Whether the next call like this one can be known by its arguments: nothing was cast, and all can be a key."""
     mask_says = attn_mask is None or (call.mask is not None and call.mask.tensor is not None and not spec.mask_grad)
-    return mask_says and call.query is query and isinstance(backend, Hashable)
+    return mask_says and call.query is query and isinstance(backend, Hashable) and runs_now(query)
 
 
 _forwards: dict[str, Callable[[AttentionCall], AttentionOutput]] = {}

@@ -163,14 +163,19 @@ def derived(tensor: Tensor, key: Hashable, build: Callable[[], T]) -> T:
     """``build()``, remembered for as long as the mask object lives and is not written to.
 
     Views of one tensor share its memory of results, so that a mask re-viewed in every layer is prepared once per
-    forward. Writing is noticed by torch's version counter, which inference tensors do not have (they rebuild), and which
-    a write past torch, such as through ``mask.numpy()`` or ``mask.data``, does not change. What is built must not hold
-    ``tensor`` itself (hold ``tensor.detach()``), or neither is ever freed.
+    forward. Writing is noticed by torch's version counter; inference tensors, which have none, and memory shared with
+    numpy, where writes are not counted, rebuild. A write to ``mask.data`` is noticed by nobody. What is built must not
+    hold ``tensor`` itself (hold ``tensor.detach()``), or neither is ever freed.
     """
     if not runs_now(tensor) or tensor.is_inference():
         return build()
+    address = 0
+    if tensor.device.type in ("cpu", "cuda"):
+        if not tensor.untyped_storage().resizable():
+            return build()
+        address = tensor.data_ptr()
     root = tensor._base if tensor._base is not None else tensor
-    full_key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, key)
+    full_key = (address, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, key)
     with _memo_lock:
         entry = _memo.get(root)
         if entry is None or entry[0] != root._version:
