@@ -8,7 +8,6 @@ a pair whose LSE may be None, and spells an unbounded window None.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
 from ..errors import BackendRejectedError, Reason
 from ..registry import Backend
-from . import alignment, source, traced
+from . import alignment, flash_limits, source, traced
 from .source import HubKernel, Package, Source
 from .traced import Arguments, Extras
 
@@ -34,7 +33,7 @@ _PACKAGE_2 = Package(
 _PACKAGE_3 = Package(
     "flash_attn_interface",
     _FUNCTIONS,
-    "pip install 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper' --no-build-isolation",
+    flash_limits.INSTALL_3,
 )
 # FlashAttention 2 wheels carry an old flash_attn/cute, which lacks learnable_sink.
 _PACKAGE_4 = Package(
@@ -222,7 +221,7 @@ def _body_3(variant: _Variant) -> traced.Body:
         if not arguments.return_lse:
             return out, None
         if lse is None:
-            raise BackendRejectedError(_NO_LSE.what, (_NO_LSE,))
+            raise BackendRejectedError(flash_limits.NO_LSE.what, (flash_limits.NO_LSE,))
         return out, lse.detach()
 
     return body
@@ -249,74 +248,25 @@ def _body_4(variant: _Variant) -> traced.Body:
     return body
 
 
-_NO_LSE = Reason(
-    "lse",
-    "this build of FlashAttention 3 (July and August 2025) does not return the LSE",
-    f"update it: {_PACKAGE_3.install}",
-)
-
-
 def _extra_reasons(variant: _Variant) -> Callable[[CallSpec], tuple[Reason, ...]]:
-    limits = {2: _limits_2, 3: _limits_3, 4: _limits_4}[variant.generation]
-    return lambda spec: (*limits(variant, spec), *known_bad.reasons(variant.name, spec))
+    def reasons(spec: CallSpec) -> tuple[Reason, ...]:
+        if variant.generation == 2:
+            limits = flash_limits.of_version_2(spec)
+        elif variant.generation == 3:
+            limits = (*flash_limits.of_version_3(spec), *_limits_of_build(variant, spec))
+        else:
+            limits = flash_limits.of_version_4(spec)
+        return (*limits, *known_bad.reasons(variant.name, spec))
+
+    return reasons
 
 
-def _limits_2(variant: _Variant, spec: CallSpec) -> tuple[Reason, ...]:
-    reasons = []
-    if spec.softcap and spec.dropout:
-        reasons.append(Reason("softcap", "softcap together with dropout is not supported", "use dropout_p=0.0."))
-    small_memory = spec.architecture in ("sm_86", "sm_89", "sm_120", "sm_121")
-    if small_memory and spec.grad and spec.dropout and spec.head_dim > 192:
-        what = f"gradients with dropout for head_dim {spec.head_dim} do not fit {spec.architecture}"
-        reasons.append(Reason("dropout", what, "use dropout_p=0.0 or backend='native'."))
-    return tuple(reasons)
-
-
-def _limits_3(variant: _Variant, spec: CallSpec) -> tuple[Reason, ...]:
-    reasons = []
-    dim, dim_v = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
-    if dim != dim_v and not ((128 < dim <= 192 and 96 < dim_v <= 128) or (dim <= 64 and dim_v <= 512)):
-        what = f"head_dim {spec.head_dim} with {spec.head_dim_v} for v is not supported"
-        reasons.append(Reason("head_dim_v", what, "use backend='native' for these head dims."))
-    if spec.deterministic and spec.grad and dim > 192:
-        what = f"its backward pass is not deterministic for head_dim {spec.head_dim}"
-        reasons.append(Reason("deterministic", what, "drop deterministic=True, or use backend='flash'."))
-    if spec.lse and _lacks_lse(variant):
-        reasons.append(_NO_LSE)
-    return tuple(reasons)
-
-
-def _lacks_lse(variant: _Variant) -> bool:
-    """Whether the build is one of those that return the output alone; only its functions tell."""
-    if not registry.status(variant.name).available:
-        return False
-    function = source.functions(variant.source)[_DENSE]
-    return "return_attn_probs" not in source.parameters(function) and _returns_bare_tensor(function)
-
-
-def _returns_bare_tensor(function: Callable) -> bool:
-    """Builds without ``return_attn_probs`` either always return a pair or never do; a tiny call shows which."""
-    if function not in _bare:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        tiny = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
-        _bare[function] = not isinstance(function(tiny, tiny, tiny), tuple)
-    return _bare[function]
-
-
-_bare: dict[Callable, bool] = {}
-
-
-def _limits_4(variant: _Variant, spec: CallSpec) -> tuple[Reason, ...]:
-    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
-    blackwell = spec.architecture.startswith("sm_10")
-    if blackwell and max(dims) > 128 and dims not in ((192, 128), (256, 256)):
-        what = f"head dims {spec.head_dim} and {spec.head_dim_v} (v) are not supported on {spec.architecture}"
-        return (Reason("head_dim", what, "use backend='native' for these head dims."),)
-    return ()
-
-
-def _multiple_of_8(head_dim: int) -> int:
-    return math.ceil(head_dim / 8) * 8
+def _limits_of_build(variant: _Variant, spec: CallSpec) -> tuple[Reason, ...]:
+    left_out = flash_limits.left_out(spec, variant.varlen) if variant.source is _PACKAGE_3 else ()
+    if not spec.lse or not registry.status(variant.name).available:
+        return left_out
+    lacks_lse = flash_limits.lacks_lse(source.functions(variant.source)[_DENSE])
+    return (*left_out, flash_limits.NO_LSE) if lacks_lse else left_out
 
 
 def _adapters(variant: _Variant) -> Callable[[CallSpec], tuple[str, ...]]:
