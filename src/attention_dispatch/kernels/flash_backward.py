@@ -107,9 +107,13 @@ def delta_kernel(
     columns = tl.arange(0, PAD_D)[None, :]
     inside = (offsets_m[:, None] < seq_q) & (columns < head_dim)
     # (BLOCK_M, PAD_D) both
-    o = tl.load(out + batch * stride_ob + head * stride_oh + wide_m * stride_om + columns * stride_od, mask=inside, other=0.0)
+    o = tl.load(
+        out + batch * stride_ob + head * stride_oh + wide_m * stride_om + columns * stride_od, mask=inside, other=0.0
+    )
     do = tl.load(
-        grad_out + batch * stride_gb + head * stride_gh + wide_m * stride_gm + columns * stride_gd, mask=inside, other=0.0
+        grad_out + batch * stride_gb + head * stride_gh + wide_m * stride_gm + columns * stride_gd,
+        mask=inside,
+        other=0.0,
     )
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     if grad_lse is not None:
@@ -120,7 +124,9 @@ def delta_kernel(
     tl.store(delta + flat, row_delta, mask=offsets_m < seq_q)
     row_lse = tl.load(lse + flat, mask=offsets_m < seq_q, other=float("inf"))
     tl.store(
-        lse_log2 + flat, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E_DEVICE), mask=offsets_m < seq_q
+        lse_log2 + flat,
+        tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E_DEVICE),
+        mask=offsets_m < seq_q,
     )
 
 
@@ -147,8 +153,28 @@ def key_gradient_kernel(
     head_kv = (batch_head_kv % heads_kv).to(tl.int64)
     offsets_n = start_n + tl.arange(0, BLOCK_N)
     # (BLOCK_N, PAD_D), (BLOCK_N, PAD_DV)
-    k = load_rows(key + batch * stride_kb + head_kv * stride_kh, offsets_n, stride_kn, stride_kd, seq_k, head_dim, PAD_D, EVEN_D, WIDE)
-    v = load_rows(value + batch * stride_vb + head_kv * stride_vh, offsets_n, stride_vn, stride_vd, seq_k, head_dim_v, PAD_DV, EVEN_DV, WIDE)
+    k = load_rows(
+        key + batch * stride_kb + head_kv * stride_kh,
+        offsets_n,
+        stride_kn,
+        stride_kd,
+        seq_k,
+        head_dim,
+        PAD_D,
+        EVEN_D,
+        WIDE,
+    )
+    v = load_rows(
+        value + batch * stride_vb + head_kv * stride_vh,
+        offsets_n,
+        stride_vn,
+        stride_vd,
+        seq_k,
+        head_dim_v,
+        PAD_DV,
+        EVEN_DV,
+        WIDE,
+    )
     if key_padding is not None:
         key_padding += batch * stride_pb
     dk = tl.zeros([BLOCK_N, PAD_D], tl.float32)
@@ -158,7 +184,8 @@ def key_gradient_kernel(
     )
     if key_padding is not None:
         any_visible = tl.max(
-            tl.load(key_padding + offsets_n.to(tl.int64) * stride_pn, mask=offsets_n < seq_k, other=0).to(tl.int32), axis=0
+            tl.load(key_padding + offsets_n.to(tl.int64) * stride_pn, mask=offsets_n < seq_k, other=0).to(tl.int32),
+            axis=0,
         )
         last = tl.where(any_visible == 0, first, last)
     for member in range(group):
@@ -242,8 +269,28 @@ def query_gradient_kernel(
     head_kv = head // group
     offsets_m = start_m + tl.arange(0, BLOCK_M)
     # (BLOCK_M, PAD_D), (BLOCK_M, PAD_DV)
-    q = load_rows(query + batch * stride_qb + head * stride_qh, offsets_m, stride_qm, stride_qd, seq_q, head_dim, PAD_D, EVEN_D, WIDE)
-    do = load_rows(grad_out + batch * stride_gb + head * stride_gh, offsets_m, stride_gm, stride_gd, seq_q, head_dim_v, PAD_DV, EVEN_DV, WIDE)
+    q = load_rows(
+        query + batch * stride_qb + head * stride_qh,
+        offsets_m,
+        stride_qm,
+        stride_qd,
+        seq_q,
+        head_dim,
+        PAD_D,
+        EVEN_D,
+        WIDE,
+    )
+    do = load_rows(
+        grad_out + batch * stride_gb + head * stride_gh,
+        offsets_m,
+        stride_gm,
+        stride_gd,
+        seq_q,
+        head_dim_v,
+        PAD_DV,
+        EVEN_DV,
+        WIDE,
+    )
     flat = (batch * heads + head) * seq_q + offsets_m
     row_lse = tl.load(lse_log2 + flat, mask=offsets_m < seq_q, other=float("inf"))
     row_delta = tl.load(delta + flat, mask=offsets_m < seq_q, other=0.0)
@@ -275,7 +322,9 @@ def query_gradient_kernel(
                 k = load_rows(key_head, offsets_n, stride_kn, stride_kd, seq_k, head_dim, PAD_D, EVEN_D, WIDE)
                 v = load_rows(value_head, offsets_n, stride_vn, stride_vd, seq_k, head_dim_v, PAD_DV, EVEN_DV, WIDE)
                 if key_padding is not None:
-                    in_padding = tl.load(key_padding + offsets_n.to(tl.int64) * stride_pn, mask=offsets_n < seq_k, other=0)
+                    in_padding = tl.load(
+                        key_padding + offsets_n.to(tl.int64) * stride_pn, mask=offsets_n < seq_k, other=0
+                    )
                     # What lies in padding may be NaN, and 0 · NaN is NaN.
                     k = tl.where((in_padding != 0)[:, None], k, 0.0)
                 # (BLOCK_M, BLOCK_N) both
@@ -334,12 +383,52 @@ def bias_gradient_kernel(
                 flat = (batch * heads + head) * seq_q + offsets_m
                 row_lse = tl.load(lse_log2 + flat, mask=offsets_m < seq_q, other=float("inf"))
                 row_delta = tl.load(delta + flat, mask=offsets_m < seq_q, other=0.0)
-                q = load_rows(query + batch * stride_qb + head * stride_qh, offsets_m, stride_qm, stride_qd, seq_q, head_dim, PAD_D, EVEN_D, WIDE)
-                do = load_rows(grad_out + batch * stride_gb + head * stride_gh, offsets_m, stride_gm, stride_gd, seq_q, head_dim_v, PAD_DV, EVEN_DV, WIDE)
+                q = load_rows(
+                    query + batch * stride_qb + head * stride_qh,
+                    offsets_m,
+                    stride_qm,
+                    stride_qd,
+                    seq_q,
+                    head_dim,
+                    PAD_D,
+                    EVEN_D,
+                    WIDE,
+                )
+                do = load_rows(
+                    grad_out + batch * stride_gb + head * stride_gh,
+                    offsets_m,
+                    stride_gm,
+                    stride_gd,
+                    seq_q,
+                    head_dim_v,
+                    PAD_DV,
+                    EVEN_DV,
+                    WIDE,
+                )
                 for step_n in range(sum_n):
                     offsets_n = (tile_n + step_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-                    k = load_rows(key + batch * stride_kb + head_kv * stride_kh, offsets_n, stride_kn, stride_kd, seq_k, head_dim, PAD_D, EVEN_D, WIDE)
-                    v = load_rows(value + batch * stride_vb + head_kv * stride_vh, offsets_n, stride_vn, stride_vd, seq_k, head_dim_v, PAD_DV, EVEN_DV, WIDE)
+                    k = load_rows(
+                        key + batch * stride_kb + head_kv * stride_kh,
+                        offsets_n,
+                        stride_kn,
+                        stride_kd,
+                        seq_k,
+                        head_dim,
+                        PAD_D,
+                        EVEN_D,
+                        WIDE,
+                    )
+                    v = load_rows(
+                        value + batch * stride_vb + head_kv * stride_vh,
+                        offsets_n,
+                        stride_vn,
+                        stride_vd,
+                        seq_k,
+                        head_dim_v,
+                        PAD_DV,
+                        EVEN_DV,
+                        WIDE,
+                    )
                     # (BLOCK_M, BLOCK_N) both
                     s = tl.dot(q, k.T, input_precision=PRECISION)
                     dp = tl.dot(do, v.T, input_precision=PRECISION)
@@ -451,7 +540,12 @@ def flash_attention_backward(
         block = 32 if query.dtype == torch.float32 else 64
         summed = [bias.shape[d] == 1 for d in range(4)]
         tiles_m, tiles_n = triton.cdiv(seq_q, block), triton.cdiv(seq_k, block)
-        sums = [batch if summed[0] else 1, heads if summed[1] else 1, tiles_m if summed[2] else 1, tiles_n if summed[3] else 1]
+        sums = [
+            batch if summed[0] else 1,
+            heads if summed[1] else 1,
+            tiles_m if summed[2] else 1,
+            tiles_n if summed[3] else 1,
+        ]
         grid_m, grid_n = 1 if summed[2] else tiles_m, 1 if summed[3] else tiles_n
         constants = {"BLOCK_M": block, "BLOCK_N": block, **flags, "SUM_M": summed[2], "SUM_N": summed[3]}
         launch(

@@ -20,9 +20,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 def facts(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Everything about these tensors that a compiled kernel may depend on."""
-    return tuple(
-        None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors
-    )
+    return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors)
 
 
 def launch(

@@ -113,7 +113,20 @@ def _traced_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None)
         grad_out = torch.zeros_like(out)
     wants_bias = bias is not None and ctx.needs_input_grad[10]
     dq, dk, dv, dbias = _ops.flash_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *ctx.scores, key_padding, mask, bias, ctx.dropout_p, seed, wants_bias
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        *ctx.scores,
+        key_padding,
+        mask,
+        bias,
+        ctx.dropout_p,
+        seed,
+        wants_bias,
     )
     return dq, dk, dv, None, None, None, None, None, None, None, dbias if wants_bias else None, None, None
 

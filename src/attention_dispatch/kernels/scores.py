@@ -82,6 +82,10 @@ def keep_probability(seed, offsets_m, offsets_n, batch_head, dropout_p):
     """(M, N) bool of a philox stream indexed by (key, query, batch and head): the same for any tiling, and in backward."""
     zero = (offsets_m + offsets_n) * 0
     bits, _, _, _ = tl.philox(
-        seed, (zero + offsets_n).to(tl.uint32), (zero + offsets_m).to(tl.uint32), (zero + batch_head).to(tl.uint32), zero.to(tl.uint32)
+        seed,
+        (zero + offsets_n).to(tl.uint32),
+        (zero + offsets_m).to(tl.uint32),
+        (zero + batch_head).to(tl.uint32),
+        zero.to(tl.uint32),
     )
     return tl.uint_to_uniform_float(bits) >= dropout_p
