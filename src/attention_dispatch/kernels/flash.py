@@ -32,6 +32,7 @@ from .arguments import (
     padding_strides,
     tma_ready,
 )
+from .hopper import runs_on_hopper
 from .launch import facts, launch
 from .scores import LN_2, keep_probability, key_block_range, tanh, visible_by_position
 from .scores import LOG2_E as LOG2_E_DEVICE
@@ -106,7 +107,9 @@ def visit_key_blocks(
             # (BLOCK_N, PAD_DV)
             v = value_tiles.load([batch, head_kv, start_n, 0]).reshape(BLOCK_N, PAD_DV)
         else:
-            rows = value + start_n.to(tl.int64) * stride_vn + rows_n[:, None] * stride_vn + columns_v[None, :] * stride_vd
+            rows = (
+                value + start_n.to(tl.int64) * stride_vn + rows_n[:, None] * stride_vn + columns_v[None, :] * stride_vd
+            )
             v = tl.load(rows, mask=(offsets_n[:, None] < seq_k) & (columns_v[None, :] < head_dim_v), other=0.0)
         if MASKED and key_padding is not None:
             # What lies in padding may be NaN, and 0 · NaN is NaN.
@@ -152,7 +155,9 @@ def flash_forward_kernel(
     # (BLOCK_M, PAD_D)
     rows = query + wide_batch * stride_qb + wide_head * stride_qh + wide_m[:, None] * stride_qm
     q = tl.load(
-        rows + columns[None, :] * stride_qd, mask=(offsets_m[:, None] < seq_q) & (columns[None, :] < head_dim), other=0.0
+        rows + columns[None, :] * stride_qd,
+        mask=(offsets_m[:, None] < seq_q) & (columns[None, :] < head_dim),
+        other=0.0,
     )
     if NEGATE:
         q = -q
@@ -272,6 +277,13 @@ def flash_attention_forward(
     if out.numel() == 0 or seq_k == 0:
         return out.zero_(), lse.fill_(float("-inf")) if lse is not None else None
     keys = KeyRange.of(is_causal, window_size)
+    refused = mask, bias, key_padding, softcap, dropout_p
+    if tile is None and scale > 0 and runs_on_hopper(query, keys, *refused) and tma_ready(query, key, value):
+        from . import hopper_flash
+
+        if hopper_flash.takes(query, value):
+            hopper_flash.launch_flash_hopper(query, key, value, out, lse, scale, keys.right == 0)
+            return out, lse
     pad_d, pad_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
     plain = mask is None and bias is None and not softcap and not dropout_p
     if tile is None:

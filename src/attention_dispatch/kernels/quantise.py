@@ -1,4 +1,4 @@
-"""Quantisation for sage_attention: INT8 queries, smoothed INT8 keys, and values in E4M3, transposed, in three launches.
+"""Quantisation for sage_attention: INT8 queries, smoothed INT8 keys, and values in E4M3, transposed, in two launches.
 
 Scheme: SageAttention 2 (https://arxiv.org/abs/2411.10958), with coarser key blocks and finer queries. Softmax does not change
 when one vector is subtracted from all keys, so any vector may serve as the "mean"; it is taken from up to 1,024 tokens
@@ -22,12 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import as_bytes, padded_head_dim, padding_strides
+from .arguments import LOG2_E, as_bytes, padded_head_dim, padding_strides
 from .launch import facts, launch
 
 KEY_BLOCK = 128
-_MEAN_PARTS = 16
-_PART_ROWS = 64
+# Sums and maxima over the sequence are taken in this many parts, each by one program, and joined by whoever needs them.
+_PARTS = 16
+_SAMPLES = 1024
 _E4M3_MAX = 448.0
 # Far below any score that matters, far above float32 underflow of 127 / amax.
 _LEAST_AMAX = tl.constexpr(1e-30)
@@ -35,11 +36,18 @@ _LEAST_AMAX = tl.constexpr(1e-30)
 ROUND_SHIFT = tl.constexpr(12582912.0)
 
 
-class QuantisedKeyValue(NamedTuple):
-    """`key` int8 (B·Hkv, S128, D), `key_scale` (B·Hkv, blocks), `key_mean` (B·Hkv, D); `value` float8 (B·Hkv, Dv, S128),
-    `value_scale` (B·Hkv, Dv) and `value_mean` (B·Hkv, Dv), each None if not asked for. S128 is Sk rounded up to blocks of
-    128, D and Dv are rounded up to powers of two."""
+class Quantised(NamedTuple):
+    """What the attention kernel reads, with every length rounded up to blocks of 128 (Sq128, Sk128) and D and Dv to powers of two.
 
+    query: int8 (B·H, Sq128, D); row_scale: (B·H, Sq128), in units of log2; row_shift: (B·H, Sq128), what smoothing the keys
+        took away from each query's scores, in log2. Each None if not asked for.
+    key: int8 (B·Hkv, Sk128, D); key_scale: (B·Hkv, blocks); key_mean: (B·Hkv, D), what was subtracted.
+    value: float8 (B·Hkv, Dv, Sk128), value_scale and value_mean: (B·Hkv, Dv), each None if not asked for.
+    """
+
+    query: Tensor | None
+    row_scale: Tensor | None
+    row_shift: Tensor | None
     key: Tensor
     key_scale: Tensor
     key_mean: Tensor
@@ -66,51 +74,61 @@ def poisoned_scale(amax, LEVELS: tl.constexpr):
     return tl.maximum(amax, _LEAST_AMAX) / LEVELS + amax * 0.0
 
 
-@triton.jit
+# Lengths change from call to call; a kernel compiled for one serves all.
+@triton.jit(do_not_specialize=["heads_kv", "seq_k", "sample_step", "samples", "part_length"])
 def statistics_kernel(
-    key, value, key_padding, mean_parts, part_counts, value_parts, value_amax,
+    key, value, key_padding, mean_parts, part_counts, value_parts, value_maxima,
     stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_pb, stride_pn,
-    heads_kv, seq_k, head_dim, head_dim_v, sample_step, samples,
+    heads_kv, seq_k, head_dim, head_dim_v, sample_step, samples, part_length,
     PAD_D: tl.constexpr, PAD_DV: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PART_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums and numbers of the sampled keys, in parts, and per-channel maxima of |V|."""
-    block = tl.program_id(0)
+    """One program per part: sum and number of its sampled keys, and per-channel maxima of |V| over its share of the tokens."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    batch_head = batch * heads_kv + head
+    part = (batch * heads_kv + head) * PARTS + tl.program_id(0)
     if key_padding is not None:
         key_padding += batch * stride_pb
-    if block < PARTS:
-        columns = tl.arange(0, PAD_D)
-        sample = block * PART_ROWS + tl.arange(0, PART_ROWS)
-        keys = sample.to(tl.int64) * sample_step
-        inside = (sample < samples) & (keys < seq_k)
-        if key_padding is not None:
-            inside = inside & (tl.load(key_padding + keys * stride_pn, mask=inside, other=0) != 0)
-        rows = key + batch * stride_kb + head * stride_kh + keys[:, None] * stride_kn
-        # (PART_ROWS, PAD_D)
-        k = tl.load(rows + columns[None, :] * stride_kd, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
-        part = batch_head * PARTS + block
-        tl.store(mean_parts + part * PAD_D + columns, tl.sum(k.to(tl.float32), axis=0))
-        tl.store(part_counts + part, tl.sum(inside.to(tl.float32), axis=0))
-        if value_parts is not None:
-            columns_v = tl.arange(0, PAD_DV)
-            rows = value + batch * stride_vb + head * stride_vh + keys[:, None] * stride_vn
-            # (PART_ROWS, PAD_DV)
-            v = tl.load(rows + columns_v[None, :] * stride_vd, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
-            tl.store(value_parts + part * PAD_DV + columns_v, tl.sum(v.to(tl.float32), axis=0))
-    if value_amax is not None:
-        columns_v = tl.arange(0, PAD_DV)
-        tokens = block * ROWS + tl.arange(0, ROWS)
-        wide = tokens.to(tl.int64)
-        inside = tokens < seq_k
-        if key_padding is not None:
-            inside = inside & (tl.load(key_padding + wide * stride_pn, mask=inside, other=0) != 0)
-        rows = value + batch * stride_vb + head * stride_vh + wide[:, None] * stride_vn
-        # (ROWS, PAD_DV)
-        v = tl.load(rows + columns_v[None, :] * stride_vd, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
-        bits = tl.max(magnitude_bits(v.to(tl.float32)), axis=0)
-        tl.atomic_max(value_amax + batch_head * PAD_DV + columns_v, bits, sem="relaxed")
+    key += batch * stride_kb + head * stride_kh
+    value += batch * stride_vb + head * stride_vh
+    columns = tl.arange(0, PAD_D)
+    columns_v = tl.arange(0, PAD_DV)
+    sample = tl.program_id(0) * PART_ROWS + tl.arange(0, PART_ROWS)
+    keys = sample.to(tl.int64) * sample_step
+    inside = (sample < samples) & (keys < seq_k)
+    if key_padding is not None:
+        inside = inside & (tl.load(key_padding + keys * stride_pn, mask=inside, other=0) != 0)
+    rows = key + keys[:, None] * stride_kn + columns[None, :] * stride_kd
+    # (PART_ROWS, PAD_D)
+    k = tl.load(rows, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
+    tl.store(mean_parts + part * PAD_D + columns, tl.sum(k.to(tl.float32), axis=0))
+    tl.store(part_counts + part, tl.sum(inside.to(tl.float32), axis=0))
+    if value_parts is not None:
+        places_v = value + keys[:, None] * stride_vn + columns_v[None, :] * stride_vd
+        # (PART_ROWS, PAD_DV)
+        v = tl.load(places_v, mask=inside[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
+        tl.store(value_parts + part * PAD_DV + columns_v, tl.sum(v.to(tl.float32), axis=0))
+    if value_maxima is not None:
+        first = tl.program_id(0) * part_length
+        largest = tl.zeros([ROWS, PAD_DV], tl.int32)
+        for start in range(first, tl.minimum(first + part_length, seq_k), ROWS):
+            tokens = (start + tl.arange(0, ROWS)).to(tl.int64)
+            visible = tokens < seq_k
+            if key_padding is not None:
+                visible = visible & (tl.load(key_padding + tokens * stride_pn, mask=visible, other=0) != 0)
+            places = value + tokens[:, None] * stride_vn + columns_v[None, :] * stride_vd
+            # (ROWS, PAD_DV)
+            tile = tl.load(places, mask=visible[:, None] & (columns_v[None, :] < head_dim_v), other=0.0)
+            largest = tl.maximum(largest, magnitude_bits(tile.to(tl.float32)))
+        tl.store(value_maxima + part * PAD_DV + columns_v, tl.max(largest, axis=0))
+
+
+@triton.jit
+def sampled_mean(parts, part_counts, batch_head, columns, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """(WIDTH,) mean of the sampled tokens of one head."""
+    part = batch_head * PARTS + tl.arange(0, PARTS)
+    # (PARTS, WIDTH)
+    total = tl.sum(tl.load(parts + part[:, None] * WIDTH + columns[None, :]), axis=0)
+    return total / tl.maximum(tl.sum(tl.load(part_counts + part), axis=0), 1.0)
 
 
 @triton.jit
@@ -128,13 +146,12 @@ def quantise_key_block(
     rows = key + tokens[:, None] * stride_kn + columns[None, :] * stride_kd
     # (BLOCK, PAD_D)
     k = tl.load(rows, mask=inside[:, None] & (columns[None, :] < head_dim), other=0.0)
-    parts = batch_head * PARTS + tl.arange(0, PARTS)
-    # (PARTS, PAD_D)
-    total = tl.sum(tl.load(mean_parts + parts[:, None] * PAD_D + columns[None, :]), axis=0)
-    mean = total / tl.maximum(tl.sum(tl.load(part_counts + parts), axis=0), 1.0)
+    mean = sampled_mean(mean_parts, part_counts, batch_head, columns, PAD_D, PARTS)
     k = tl.where(inside[:, None], k.to(tl.float32) - mean[None, :], 0.0)
     amax = tl.max(magnitude_bits(k)).to(tl.float32, bitcast=True)
-    tl.store(key_out + (batch_head * num_blocks * BLOCK + tokens[:, None]) * PAD_D + columns[None, :], quantise_int8(k, amax))
+    tl.store(
+        key_out + (batch_head * num_blocks * BLOCK + tokens[:, None]) * PAD_D + columns[None, :], quantise_int8(k, amax)
+    )
     tl.store(key_scale + batch_head * num_blocks + block, poisoned_scale(amax, 127.0))
     if block == 0:
         tl.store(key_mean + batch_head * PAD_D + columns, mean)
@@ -142,7 +159,7 @@ def quantise_key_block(
 
 @triton.jit
 def quantise_value_block(
-    value, key_padding, part_counts, value_parts, value_amax, value_out, value_scale, value_mean, batch_head, block,
+    value, key_padding, part_counts, value_parts, value_maxima, value_out, value_scale, value_mean, batch_head, block,
     stride_vn, stride_vd, stride_pn, seq_k, head_dim_v, num_blocks,
     PAD_DV: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, E4M3_MAX: tl.constexpr,
 ):  # fmt: skip
@@ -158,12 +175,12 @@ def quantise_value_block(
     rows = value + tokens[:, None] * stride_vn + columns[None, :] * stride_vd
     # (BLOCK, PAD_DV)
     v = tl.load(rows, mask=inside[:, None] & (columns[None, :] < head_dim_v), other=0.0).to(tl.float32)
-    amax = tl.load(value_amax + batch_head * PAD_DV + columns).to(tl.float32, bitcast=True)
+    part = batch_head * PARTS + tl.arange(0, PARTS)
+    # (PARTS, PAD_DV)
+    maxima = tl.load(value_maxima + part[:, None] * PAD_DV + columns[None, :])
+    amax = tl.max(maxima, axis=0).to(tl.float32, bitcast=True)
     if value_parts is not None:
-        parts = batch_head * PARTS + tl.arange(0, PARTS)
-        # (PARTS, PAD_DV)
-        total = tl.sum(tl.load(value_parts + parts[:, None] * PAD_DV + columns[None, :]), axis=0)
-        mean = total / tl.maximum(tl.sum(tl.load(part_counts + parts), axis=0), 1.0)
+        mean = sampled_mean(value_parts, part_counts, batch_head, columns, PAD_DV, PARTS)
         v = tl.where(inside[:, None], v - mean[None, :], 0.0)
         # A bound on |v - mean| serves as well: E4M3 keeps its relative precision over four decades.
         amax += tl.abs(mean)
@@ -177,132 +194,138 @@ def quantise_value_block(
 
 
 @triton.jit
-def quantise_kernel(
-    key, value, key_padding, mean_parts, part_counts, value_parts, value_amax,
-    key_out, key_scale, key_mean, value_out, value_scale, value_mean,
-    stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_pb, stride_pn,
-    heads_kv, seq_k, head_dim, head_dim_v, num_blocks,
-    PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, E4M3_MAX: tl.constexpr,
+def quantise_query_block(
+    query, mean_parts, part_counts, query_out, row_scale, row_shift, batch_head, batch_head_kv, block,
+    stride_qm, stride_qd, scale_log2, seq_q, head_dim, query_blocks,
+    PAD_D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, NEGATE: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of K and, where values are asked for, one per block of V: even and odd programs."""
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    batch_head = batch * heads_kv + head
-    key += batch * stride_kb + head * stride_kh
-    value += batch * stride_vb + head * stride_vh
-    if key_padding is not None:
-        key_padding += batch * stride_pb
-    if value_out is None:
-        quantise_key_block(
-            key, key_padding, mean_parts, part_counts, key_out, key_scale, key_mean, batch_head, tl.program_id(0),
-            stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks, PAD_D, BLOCK, PARTS,
-        )  # fmt: skip
-    else:
-        # Backwards: what the statistics pass read last is still in L2.
-        block = num_blocks - 1 - tl.program_id(0) // 2
-        if tl.program_id(0) % 2 == 0:
-            quantise_value_block(
-                value, key_padding, part_counts, value_parts, value_amax, value_out, value_scale, value_mean,
-                batch_head, block, stride_vn, stride_vd, stride_pn, seq_k, head_dim_v, num_blocks,
-                PAD_DV, BLOCK, PARTS, E4M3_MAX,
-            )  # fmt: skip
-        else:
-            quantise_key_block(
-                key, key_padding, mean_parts, part_counts, key_out, key_scale, key_mean, batch_head, block,
-                stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks, PAD_D, BLOCK, PARTS,
-            )  # fmt: skip
-
-
-@triton.jit
-def quantise_query_kernel(
-    query, key_mean, query_out, row_scale, row_shift,
-    stride_qb, stride_qm, stride_qh, stride_qd, scale_log2, heads, group, seq_q, head_dim,
-    PAD_D: tl.constexpr, BLOCK: tl.constexpr, NEGATE: tl.constexpr,
-):  # fmt: skip
-    """One program per block of queries: INT8 with one scale per token, into which scale · log2 e is folded."""
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    batch_head = batch * heads + head
+    """Store one block of queries as INT8 with one scale per token, into which scale · log2 e is folded."""
     columns = tl.arange(0, PAD_D)
-    tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    rows = query + batch * stride_qb + head * stride_qh + tokens[:, None] * stride_qm + columns[None, :] * stride_qd
+    tokens = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    rows = query + tokens[:, None] * stride_qm + columns[None, :] * stride_qd
     # (BLOCK, PAD_D)
     q = tl.load(rows, mask=(tokens < seq_q)[:, None] & (columns[None, :] < head_dim), other=0.0).to(tl.float32)
     if NEGATE:
         q = -q
     amax = tl.max(magnitude_bits(q), axis=1).to(tl.float32, bitcast=True)
-    flat = batch_head * tl.num_programs(0) * BLOCK + tokens
+    flat = batch_head * query_blocks * BLOCK + tokens
     tl.store(query_out + flat[:, None] * PAD_D + columns[None, :], quantise_int8(q, amax[:, None]))
     tl.store(row_scale + flat, poisoned_scale(amax, 127.0) * scale_log2)
     if row_shift is not None:
-        mean = tl.load(key_mean + (batch * (heads // group) + head // group) * PAD_D + columns)
+        mean = sampled_mean(mean_parts, part_counts, batch_head_kv, columns, PAD_D, PARTS)
         tl.store(row_shift + flat, tl.sum(q * mean[None, :], axis=1) * scale_log2)
 
 
-def quantise_query(
-    query: Tensor, key_mean: Tensor, heads_kv: int, scale_log2: float, negate: bool, wants_shift: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """INT8 queries (B·H, S128, D) of a (B, Sq, H, head_dim) tensor, their scales (B·H, S128) in units of log2, and what
-    smoothing the keys took away from each query's scores (B·H, S128), also in log2, if `wants_shift`."""
+@triton.jit(do_not_specialize=["heads_kv", "group", "seq_q", "seq_k", "query_blocks", "num_blocks"])
+def quantise_kernel(
+    query, key, value, key_padding, mean_parts, part_counts, value_parts, value_maxima,
+    query_out, row_scale, row_shift, key_out, key_scale, key_mean, value_out, value_scale, value_mean,
+    stride_qb, stride_qm, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd, stride_vb, stride_vn, stride_vh, stride_vd, stride_pb, stride_pn,
+    scale_log2, heads_kv, group, seq_q, seq_k, head_dim, head_dim_v, query_blocks, num_blocks,
+    PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, E4M3_MAX: tl.constexpr,
+    NEGATE: tl.constexpr,
+):  # fmt: skip
+    """One program per block of K, of V where values are asked for, and of the queries of each head that reads them."""
+    program = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    batch_head = batch * heads_kv + head
+    if key_padding is not None:
+        key_padding += batch * stride_pb
+    KINDS: tl.constexpr = 1 if value_out is None else 2
+    # Backwards: what the statistics pass read last is still in L2.
+    block = num_blocks - 1 - program // KINDS
+    if query_out is not None and block < 0:
+        index = program - KINDS * num_blocks
+        head_q = head * group + index // query_blocks
+        quantise_query_block(
+            query + batch * stride_qb + head_q * stride_qh, mean_parts, part_counts, query_out, row_scale, row_shift,
+            batch * heads_kv * group + head_q, batch_head, index % query_blocks,
+            stride_qm, stride_qd, scale_log2, seq_q, head_dim, query_blocks, PAD_D, BLOCK, PARTS, NEGATE,
+        )  # fmt: skip
+    elif value_out is not None and program % KINDS == 1:
+        quantise_value_block(
+            value + batch * stride_vb + head * stride_vh, key_padding, part_counts, value_parts, value_maxima,
+            value_out, value_scale, value_mean, batch_head, block,
+            stride_vn, stride_vd, stride_pn, seq_k, head_dim_v, num_blocks, PAD_DV, BLOCK, PARTS, E4M3_MAX,
+        )  # fmt: skip
+    else:
+        quantise_key_block(
+            key + batch * stride_kb + head * stride_kh, key_padding, mean_parts, part_counts, key_out, key_scale, key_mean,
+            batch_head, block, stride_kn, stride_kd, stride_pn, seq_k, head_dim, num_blocks, PAD_D, BLOCK, PARTS,
+        )  # fmt: skip
+
+
+def padded_dims(query: Tensor, value: Tensor) -> tuple[int, int]:
+    """Head_dims of the copies of Q and K, and of V. 8-bit products sum over at least 32 at a time."""
+    return max(32, padded_head_dim(query.shape[3])), padded_head_dim(value.shape[3])
+
+
+def quantise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding: Tensor | None,
+    *,
+    scale: float,
+    fp8_value: bool,
+    smooth_v: bool,
+    wants_query: bool,
+    wants_shift: bool,
+) -> Quantised:
+    """Smoothed INT8 keys, and if asked for INT8 queries and E4M3 values (smoothed too with `smooth_v`).
+
+    query (B, Sq, H, D), key (B, Sk, Hkv, D), value (B, Sk, Hkv, Dv). `scale`, of either sign, multiplies the scores.
+    """
     batch, seq_q, heads, head_dim = query.shape
-    pad_d = key_mean.shape[-1]
-    blocks = triton.cdiv(seq_q, KEY_BLOCK)
-    size = (batch * heads, blocks * KEY_BLOCK)
-    query_out = torch.empty((*size, pad_d), dtype=torch.int8, device=query.device)
-    row_scale = torch.empty(size, dtype=torch.float32, device=query.device)
-    row_shift = torch.empty(size, dtype=torch.float32, device=query.device) if wants_shift else None
-    launch(
-        quantise_query_kernel, (blocks, heads, batch), query.device,
-        (facts(query), heads_kv, negate, wants_shift),
-        (query, key_mean, query_out, row_scale, row_shift, *query.stride(), scale_log2, heads, heads // heads_kv, seq_q, head_dim),
-        {"PAD_D": pad_d, "BLOCK": KEY_BLOCK, "NEGATE": negate}, {"num_warps": 8},
-    )  # fmt: skip
-    return query_out, row_scale, row_shift
-
-
-def quantise_key_value(key: Tensor, value: Tensor, key_padding: Tensor | None, fp8_value: bool, smooth_v: bool) -> QuantisedKeyValue:
-    """Smoothed INT8 keys, and E4M3 values (smoothed too with `smooth_v`) unless `fp8_value` is false, of (B, Sk, Hkv, D) and (B, Sk, Hkv, Dv) tensors."""
-    batch, seq_k, heads_kv, head_dim = key.shape
-    head_dim_v = value.shape[3]
-    device = key.device
-    # 8-bit products sum over at least 32 at a time.
-    pad_d, pad_dv = max(32, padded_head_dim(head_dim)), padded_head_dim(head_dim_v)
+    seq_k, heads_kv, head_dim_v = value.shape[1:]
+    device = query.device
+    pad_d, pad_dv = padded_dims(query, value)
     rows = batch * heads_kv
-    blocks = triton.cdiv(seq_k, KEY_BLOCK)
-    mean_parts = torch.empty((rows, _MEAN_PARTS, pad_d), dtype=torch.float32, device=device)
-    part_counts = torch.empty((rows, _MEAN_PARTS), dtype=torch.float32, device=device)
-    key_out = torch.empty((rows, blocks * KEY_BLOCK, pad_d), dtype=torch.int8, device=device)
-    key_scale = torch.empty((rows, blocks), dtype=torch.float32, device=device)
-    key_mean = torch.empty((rows, pad_d), dtype=torch.float32, device=device)
-    value_out = value_scale = value_amax = value_parts = value_mean = None
+    query_blocks, blocks = triton.cdiv(seq_q, KEY_BLOCK), triton.cdiv(seq_k, KEY_BLOCK)
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    query_out = row_scale = row_shift = None
+    if wants_query:
+        query_rows = batch * heads, query_blocks * KEY_BLOCK
+        query_out, row_scale = made(*query_rows, pad_d, dtype=torch.int8), made(*query_rows)
+        row_shift = made(*query_rows) if wants_shift else None
+    key_out, key_scale = made(rows, blocks * KEY_BLOCK, pad_d, dtype=torch.int8), made(rows, blocks)
+    key_mean = made(rows, pad_d)
+    mean_parts, part_counts = made(rows, _PARTS, pad_d), made(rows, _PARTS)
+    value_out = value_scale = value_maxima = value_parts = value_mean = None
     if fp8_value:
-        value_out = torch.empty((rows, pad_dv, blocks * KEY_BLOCK), dtype=torch.float8_e4m3fn, device=device)
-        value_scale = torch.empty((rows, pad_dv), dtype=torch.float32, device=device)
-        value_amax = torch.zeros((rows, pad_dv), dtype=torch.int32, device=device)
+        value_out, value_scale = made(rows, pad_dv, blocks * KEY_BLOCK, dtype=torch.float8_e4m3fn), made(rows, pad_dv)
+        value_maxima = made(rows, _PARTS, pad_dv, dtype=torch.int32)
         if smooth_v:
-            value_parts = torch.empty((rows, _MEAN_PARTS, pad_dv), dtype=torch.float32, device=device)
-            value_mean = torch.empty((rows, pad_dv), dtype=torch.float32, device=device)
-    samples = min(seq_k, _MEAN_PARTS * _PART_ROWS)
+            value_parts, value_mean = made(rows, _PARTS, pad_dv), made(rows, pad_dv)
+    samples = min(seq_k, _SAMPLES)
     strides = (*key.stride(), *value.stride(), *padding_strides(key_padding, batch, seq_k))
     padding = as_bytes(key_padding)
-    facts_of_inputs = (facts(key, value, key_padding), fp8_value, smooth_v)
     launch(
-        statistics_kernel, (max(blocks, _MEAN_PARTS) if fp8_value else _MEAN_PARTS, heads_kv, batch), device, facts_of_inputs,
+        statistics_kernel, (_PARTS, heads_kv, batch), device, (facts(key, value, key_padding), fp8_value, smooth_v),
         (
-            key, value, padding, mean_parts, part_counts, value_parts, value_amax, *strides, heads_kv, seq_k, head_dim, head_dim_v,
-            triton.cdiv(seq_k, samples), samples,
+            key, value, padding, mean_parts, part_counts, value_parts, value_maxima, *strides,
+            heads_kv, seq_k, head_dim, head_dim_v, triton.cdiv(seq_k, samples), samples,
+            triton.cdiv(blocks, _PARTS) * KEY_BLOCK,
         ),
-        {"PAD_D": pad_d, "PAD_DV": pad_dv, "ROWS": KEY_BLOCK, "PARTS": _MEAN_PARTS, "PART_ROWS": _PART_ROWS},
-        {"num_warps": 4},
-    )  # fmt: skip
-    launch(
-        quantise_kernel, (2 * blocks if fp8_value else blocks, heads_kv, batch), device, facts_of_inputs,
-        (
-            key, value, padding, mean_parts, part_counts, value_parts, value_amax,
-            key_out, key_scale, key_mean, value_out, value_scale, value_mean,
-            *strides, heads_kv, seq_k, head_dim, head_dim_v, blocks,
-        ),
-        {"PAD_D": pad_d, "PAD_DV": pad_dv, "BLOCK": KEY_BLOCK, "PARTS": _MEAN_PARTS, "E4M3_MAX": _E4M3_MAX},
+        {"PAD_D": pad_d, "PAD_DV": pad_dv, "ROWS": 64, "PARTS": _PARTS, "PART_ROWS": _SAMPLES // _PARTS},
         {"num_warps": 8},
     )  # fmt: skip
-    return QuantisedKeyValue(key_out, key_scale, key_mean, value_out, value_scale, value_mean)
+    programs = (2 if fp8_value else 1) * blocks + (heads // heads_kv * query_blocks if wants_query else 0)
+    launch(
+        quantise_kernel, (programs, heads_kv, batch), device,
+        (facts(query, key, value, key_padding), fp8_value, smooth_v, wants_query, wants_shift, scale < 0),
+        (
+            query, key, value, padding, mean_parts, part_counts, value_parts, value_maxima,
+            query_out, row_scale, row_shift, key_out, key_scale, key_mean, value_out, value_scale, value_mean,
+            *query.stride(), *strides,
+            abs(scale) * LOG2_E, heads_kv, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v, query_blocks, blocks,
+        ),
+        {"PAD_D": pad_d, "PAD_DV": pad_dv, "BLOCK": KEY_BLOCK, "PARTS": _PARTS, "E4M3_MAX": _E4M3_MAX, "NEGATE": scale < 0},
+        {"num_warps": 8},
+    )  # fmt: skip
+    return Quantised(query_out, row_scale, row_shift, key_out, key_scale, key_mean, value_out, value_scale, value_mean)

@@ -22,7 +22,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arguments import (
-    LOG2_E,
     KeyRange,
     as_bytes,
     block_descriptor,
@@ -34,8 +33,9 @@ from .arguments import (
     padding_strides,
     tma_ready,
 )
+from .hopper import runs_on_hopper
 from .launch import facts, launch
-from .quantise import ROUND_SHIFT, quantise_key_value, quantise_query
+from .quantise import ROUND_SHIFT, padded_dims, quantise
 from .scores import LN_2, key_block_range, tanh, visible_by_position
 from .scores import LOG2_E as LOG2_E_DEVICE
 from .tiles import sage_tile
@@ -85,13 +85,16 @@ def visit_quantised_blocks(
             block_scale = tl.load(key_scale + tl.minimum(index + 1, last - 1) * BLOCK_N // SCALE_BLOCK)
         # (BLOCK_M, BLOCK_N): the floats 12582912 + s
         start = tl.full([BLOCK_M, BLOCK_N], _INTEGER_START, tl.int32)
-        s = tl.dot(q, k.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+        bits = tl.dot(q, k.T, start, out_dtype=tl.int32)
+        s = bits.to(tl.float32, bitcast=True)
         if MASKED:
             visible = visible_by_position(
                 offsets_m[:, None], offsets_n[None, :], seq_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
             )
             if key_padding is not None:
-                in_padding = tl.load(key_padding + offsets_n.to(tl.int64) * stride_pn, mask=offsets_n < seq_k, other=0) != 0
+                in_padding = (
+                    tl.load(key_padding + offsets_n.to(tl.int64) * stride_pn, mask=offsets_n < seq_k, other=0) != 0
+                )
                 visible = visible & in_padding[None, :]
             inside = (offsets_m[:, None] < seq_q) & (offsets_n[None, :] < seq_k)
             if mask is not None:
@@ -109,7 +112,9 @@ def visit_quantised_blocks(
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
             p = tl.math.exp2(s + (P_SHIFT - shift)[:, None])
         else:
-            new_max = tl.maximum(running_max, (tl.max(s, axis=1) - ROUND_SHIFT) * scale)
+            # These floats order like their bits, and integers have a maximum of three operands in one instruction.
+            largest = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+            new_max = tl.maximum(running_max, (largest - ROUND_SHIFT) * scale)
             shift = new_max
             p = tl.math.exp2(s * scale[:, None] + (P_SHIFT - shift - ROUND_SHIFT * scale)[:, None])
         decay = tl.math.exp2(running_max - shift)
@@ -129,7 +134,12 @@ def visit_quantised_blocks(
                 # (BLOCK_N, PAD_DV)
                 v = value_tiles.load([batch, head_kv, start_n, 0]).reshape(BLOCK_N, PAD_DV)
             else:
-                rows = value + start_n.to(tl.int64) * stride_vn + rows_n[:, None] * stride_vn + columns_v[None, :] * stride_vd
+                rows = (
+                    value
+                    + start_n.to(tl.int64) * stride_vn
+                    + rows_n[:, None] * stride_vn
+                    + columns_v[None, :] * stride_vd
+                )
                 v = tl.load(rows, mask=(offsets_n[:, None] < seq_k) & (columns_v[None, :] < head_dim_v), other=0.0)
             if MASKED and key_padding is not None:
                 # What lies in padding may be NaN, and 0 · NaN is NaN.
@@ -264,7 +274,7 @@ def sage_forward_kernel(
 
 
 def default_pv(device: torch.device) -> str:
-    """"fp8" where tensor cores have FP8 products (sm_89 and newer), "fp16" elsewhere."""
+    """ "fp8" where tensor cores have FP8 products (sm_89 and newer), "fp16" elsewhere."""
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
         return "fp16"
     return "fp8"
@@ -312,22 +322,37 @@ def sage_attention_forward(
     lse = torch.empty((batch, heads, seq_q), dtype=torch.float32, device=device) if return_lse else None
     if out.numel() == 0 or seq_k == 0:
         return out.zero_(), lse.fill_(float("-inf")) if lse is not None else None
-    quantised = quantise_key_value(key, value, key_padding, fp8, smooth_v)
-    query8, row_scale, row_shift = quantise_query(
-        query, quantised.key_mean, heads_kv, abs(scale) * LOG2_E, scale < 0, return_lse or softcap > 0
-    )
     keys = KeyRange.of(is_causal, window_size)
-    pad_d = quantised.key.shape[-1]
-    pad_dv = quantised.value.shape[1] if quantised.value is not None else max(16, triton.next_power_of_2(head_dim_v))
+    pad_d, pad_dv = padded_dims(query, value)
+    on_hopper = tile is None and fp8 and runs_on_hopper(query, keys, mask, bias, key_padding, softcap)
+    if on_hopper:
+        from . import hopper_sage
+
+        on_hopper = hopper_sage.takes(query, key, pad_d, pad_dv)
+    quantised = quantise(
+        query, key, value, key_padding,
+        scale=scale, fp8_value=fp8, smooth_v=smooth_v, wants_query=not on_hopper, wants_shift=return_lse or softcap > 0,
+    )  # fmt: skip
+    if on_hopper:
+        hopper_sage.launch_sage_hopper(query, value, quantised, out, lse, scale, keys.right == 0)
+        return out, lse
+    assert quantised.query is not None
     if tile is None:
         tile = sage_tile(query, max(pad_d, pad_dv), fp8)
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
     query_tiles = key_tiles = value_tiles = lists = counts = None
-    if tile["TMA"] and is_hopper_or_newer(device) and (fp8 or tma_ready(value)) and max(query8.numel(), quantised.key.numel()) < 2**31 * pad_d:
-        query_tiles = TensorDescriptor.from_tensor(query8.view(-1, pad_d), [block_m, pad_d])
+    if (
+        tile["TMA"]
+        and is_hopper_or_newer(device)
+        and (fp8 or tma_ready(value))
+        and max(quantised.query.numel(), quantised.key.numel()) < 2**31 * pad_d
+    ):
+        query_tiles = TensorDescriptor.from_tensor(quantised.query.view(-1, pad_d), [block_m, pad_d])
         key_tiles = TensorDescriptor.from_tensor(quantised.key.view(-1, pad_d), [block_n, pad_d])
         if quantised.value is not None:
-            value_tiles = TensorDescriptor.from_tensor(quantised.value.view(-1, quantised.value.shape[-1]), [pad_dv, block_n])
+            value_tiles = TensorDescriptor.from_tensor(
+                quantised.value.view(-1, quantised.value.shape[-1]), [pad_dv, block_n]
+            )
         else:
             value_tiles = block_descriptor(value, block_n, pad_dv)
     if key_padding is not None:
@@ -343,7 +368,7 @@ def sage_attention_forward(
         (facts(query, key, value, key_padding, mask, bias), keys, return_lse, smooth_v, tile["TMA"],
          *constants.values(), *tile["options"].values()),
         (
-            query8, row_scale, row_shift, quantised.key, quantised.key_scale,
+            quantised.query, quantised.row_scale, quantised.row_shift, quantised.key, quantised.key_scale,
             value if quantised.value is None else quantised.value, quantised.value_scale, quantised.value_mean, out, lse,
             query_tiles, key_tiles, value_tiles,
             as_bytes(key_padding), as_bytes(mask), bias, lists, counts,
