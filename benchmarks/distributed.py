@@ -191,6 +191,8 @@ class Bench:
             ideal = one["seconds"] / self.world
             overlap = max(0.0, min(1.0, 1 - (seconds - ideal) / moved)) if moved else 1.0
             self.record(scheme, pair.name, tokens, seconds, peak, one, error, overlap, self.predicted(scheme, tokens, one))
+            plan, _ = list(parallel.plans.values())[-1]
+            self.rows[-1]["head chunks"] = len(plan.chunks)
 
     def predicted(self, scheme: str, tokens: int, one: dict[str, float]) -> float:
         """Seconds by the alpha-beta model with the kernel speed measured on one process."""

@@ -166,15 +166,10 @@ class Execution:
         What a step needs is posted before the computation of the step before it, across chunks too.
         """
         ring, chunks = self._plan.ring, len(self._plan.chunks)
-        first = depart(0)
-        # Posted right behind it, so that on every rank it has the GPU before the first kernel fills it. Where a kernel
-        # comes first on one rank only, the other's transfer waits for it and takes a tenth of the GPU meanwhile.
-        following = depart(1) if chunks > 1 else None
-        own = arrive(0, first)
+        own = arrive(0, depart(0))
         rotation = KeyValueRotation(ring, own[1], own[2])
         for chunk in range(chunks):
-            if chunk:
-                following = depart(chunk + 1) if chunk + 1 < chunks else None
+            following = depart(chunk + 1) if chunk + 1 < chunks else None
             upcoming = None
             for step in range(ring.size):
                 if step:

@@ -19,13 +19,9 @@ from .ring import Ring
 from .sharded_mask import MaskForm
 
 # A chunk of heads should still fill the GPU: about four tiles of 128 query rows for each of an H100's 132 SMs (chunks of
-# half that size made the kernel 5 % slower).
-_TILE_ROWS, _TILES_PER_CHUNK = 128, 500
-# And it should keep the GPU busy, at 600 TFLOP/s for the millisecond that the launches of a ring step may take, or for
-# several times what an exchange takes.
-_OPERATIONS_PER_RING_CHUNK, _OPERATIONS_PER_EXCHANGED_CHUNK = 0.6e12, 3e12
-# Ulysses ranks wait for each other at every chunk. Two overlap half of the exchange; more cost time (H100, 2026-11-25).
-_MOST_EXCHANGED_CHUNKS = 2
+# half that size made the kernel 5 % slower), and keep it busy, at 600 TFLOP/s, for the millisecond that the launches of a
+# ring step may take.
+_TILE_ROWS, _TILES_PER_CHUNK, _OPERATIONS_PER_CHUNK = 128, 500, 0.6e12
 
 
 class CallOptions(NamedTuple):
@@ -105,7 +101,7 @@ def make_plan(
     queries = ring_queries.ranges[parallel.ring_rank]
     own_rows = ring_queries.lengths[parallel.ring_rank]
     chunk_count = parallel.head_chunks or _choose_chunks(
-        query, min(ring_queries.lengths), min(ring_keys.lengths), heads
+        query, parallel.ring, min(ring_queries.lengths), min(ring_keys.lengths), heads
     )
     steps, by_autograd = None, False
     if parallel.ring == 1 and own_rows and ring_keys.total:
@@ -143,21 +139,21 @@ def make_plan(
     )
 
 
-def _choose_chunks(query: Tensor, rows: int, keys: int, heads: Sequence[HeadRange]) -> int:
-    """Number of head chunks: as many as leave each chunk enough work for a GPU; 1 on CPU.
+def _choose_chunks(query: Tensor, ring: int, rows: int, keys: int, heads: Sequence[HeadRange]) -> int:
+    """Number of head chunks: in a ring as many as leave each chunk enough work for a GPU; 1 on CPU, and in Ulysses.
 
-    Uses the smallest shard of any rank, so that every rank arrives at the same number.
+    A ring's memory falls with the chunks and its transfers hide behind them. In Ulysses the ranks wait for each other at
+    every chunk, and a transfer that waits keeps a tenth of the GPU from the kernel: 2 to 4 chunks of 65,536 tokens took
+    47 ms, one 45.6 ms (2 H100, 2026-11-25). Uses the smallest shard of any rank, so that all arrive at the same number.
     """
     kv_heads = min(rank.kv_stop - rank.kv_start for rank in heads)
-    if query.device.type == "cpu" or kv_heads < 2:
+    if query.device.type == "cpu" or kv_heads < 2 or ring == 1:
         return 1
     group = max(rank.q_stop - rank.q_start for rank in heads) // max(rank.kv_stop - rank.kv_start for rank in heads)
     tiles = query.shape[0] * -(-rows // _TILE_ROWS) * group
     operations = 4.0 * query.shape[0] * rows * keys * group * query.shape[3]
-    wanted = _OPERATIONS_PER_EXCHANGED_CHUNK if len(heads) > 1 else _OPERATIONS_PER_RING_CHUNK
-    fewest = max(math.ceil(_TILES_PER_CHUNK / max(1, tiles)), math.ceil(wanted / max(1.0, operations)))
-    chunks = max(1, kv_heads // fewest)
-    return min(chunks, _MOST_EXCHANGED_CHUNKS) if len(heads) > 1 else chunks
+    fewest = max(math.ceil(_TILES_PER_CHUNK / max(1, tiles)), math.ceil(_OPERATIONS_PER_CHUNK / max(1.0, operations)))
+    return max(1, kv_heads // fewest)
 
 
 class _Lowering:
