@@ -54,7 +54,6 @@ _upstream_setstate = ModelMixin.__setstate__
 _upstream_npu = AttentionModuleMixin.set_use_npu_flash_attention
 _upstream_xla = AttentionModuleMixin.set_use_xla_flash_attention
 _upstream_parallelism = ModelMixin.enable_parallelism
-_upstream_parallelism = ModelMixin.enable_parallelism
 _upstream_skip = layer_skip.AttentionProcessorSkipHook.new_forward
 
 
@@ -115,11 +114,6 @@ class _Registry(_upstream_registry, metaclass=type(settings._AttentionBackendReg
         # Found out call by call, for all ranks together; what cannot be served is refused there.
         return True
 
-    @classmethod
-    def _is_context_parallel_available(cls, name: Any) -> bool:
-        # Found out call by call, for all ranks together; what cannot be served is refused there.
-        return True
-
 
 _functional = _Functional("torch.nn.functional")
 _REBINDINGS = (
@@ -147,7 +141,6 @@ def activate() -> None:
                 )
         _replace(ModelMixin, "set_attention_backend", _set_on_model)
         _replace(ModelMixin, "reset_attention_backend", _reset_on_model)
-        _replace(ModelMixin, "enable_parallelism", _enable_parallelism)
         _replace(ModelMixin, "enable_parallelism", _enable_parallelism)
         _replace(ModelMixin, "__init__", _init_and_route)
         _replace(ModelMixin, "__setstate__", _setstate_and_route)
@@ -285,17 +278,6 @@ def _reset_on_model(self: ModelMixin) -> None:
     """Undo ``set_attention_backend`` on this model: its class defaults hold again."""
     models.reset_attention_backend(self)
     _routed.discard(self)
-
-
-@functools.wraps(_upstream_parallelism)
-def _enable_parallelism(self: ModelMixin, *, config: Any, cp_plan: Any = None) -> None:
-    _upstream_parallelism(self, config=config, cp_plan=cp_plan)
-    from ..distributed import as_context_parallel, give, has_carriers
-
-    parallel = as_context_parallel(self._parallel_config)
-    if parallel is not None and not has_carriers(self):
-        # diffusers (0.42) splits the inputs of such a model all the same, and leaves each rank's attention to itself.
-        give(self, parallel)
 
 
 @functools.wraps(_upstream_parallelism)
