@@ -1,7 +1,26 @@
-"""What goes wrong in other dispatchers, one test per finding, on torch's own backends.
+"""What goes wrong in other dispatchers, one test per finding; those of torch's own backends are here.
 
-The numbers are those of the list of findings that this project keeps: 2A silent wrong results, 2B crashes, 2C state,
-2D the log-sum-exp. External families have theirs in ``families/test_regressions.py``.
+Found in diffusers 0.42 by reading and by running it. ``families`` is ``families/test_regressions.py``, where vendors'
+kernels are replaced by exact ones; ``diffusers`` is ``diffusers/test_findings.py``; ``distributed`` compares worlds of two
+to four processes with one.
+
+2A, silently wrong: 1 flex drops is_causal without a mask. 2 a mask beside is_causal is dropped (flex; xformers:
+families). 3 flex pads queries instead of keys. 4 flex takes the blocks of head 0 for all heads. 5 varlen packs a prefix
+(families; a padded prompt in ``diffusers/test_pictures.py``). 6 masks over queries or heads are reduced to padding (here
+and families). 7 bool masks are added as numbers (here and families). 8 additive masks are inverted, or dropped where
+nowhere zero (here and families). 9 NPU drops is_causal (families). 10 scale is dropped (here and families). 11 dropout
+is dropped (here and families). 12 unknown keywords are dropped, known ones override arguments (here and families).
+13 a parallel config is ignored (here; served: distributed). 14 a ring reuses the local mask; 15 uneven Ulysses misplaces
+masks from three ranks on (distributed: the product of masks, schemes and lengths). 16 cuDNN is given bool masks. 17 the
+backward pass drops other weights than the forward pass (here; refused: distributed). 18 outputs come detached (here and
+families). 19 3-D masks are taken per head. 20 2-D masks of two readings are guessed. 21 causal masking of different
+lengths is aligned to the bottom right (here and families). 22 models without a setting are sharded but not their
+attention (distributed: models without the attribute).
+
+2B, crashes: LSE; names given by argument or environment are not checked; upper case; names nobody knows; cross-attention
+in the backward pass, heads that ranks do not divide, masks per row (distributed); no backward pass, kernels kept from
+their own GPU (families). 2C, state: everything about settings (here and diffusers), inference mode, warnings. 2D, the
+log-sum-exp: its layout, base and dtype (here and families). 2E: cost without need (families).
 """
 
 from __future__ import annotations
@@ -144,6 +163,15 @@ def test_2A11_flex_dropout_is_refused_not_dropped():
     assert "dropout" in caught.value.codes
 
 
+@pytest.mark.parametrize("name", ["native", "_native_math", "reference"])
+def test_2A11_dropout_drops_and_rescales(name):
+    query, key, value = tensors(1, 64, 64, 2, 2, 8)
+    torch.manual_seed(0)
+    out = dispatch_attention_fn(query * 0, key, torch.ones_like(value), dropout_p=0.5, backend=name)
+    # Each output is the sum of 64 equal weights, of which about half are left, doubled.
+    assert float(out.std()) > 0.05 and abs(float(out.mean()) - 1.0) < 0.05
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
     ("kwargs", "code"), [({"window_size": (2, 2)}, "window"), ({"softcap": 5.0}, "softcap")], ids=["window", "softcap"]
@@ -177,6 +205,37 @@ def test_2A16_cudnn_bool_masks(cuda):
     keep = scattered(length=136).to(cuda)
     out = dispatch_attention_fn(query, key, value, keep, backend="_native_cudnn")
     assert_close(out, truth(query, key, value, keep=keep[:, None, None])[0], 2e-2)
+
+
+@pytest.mark.parametrize("name", ["native", "_native_math", "reference"])
+def test_2A17_the_backward_pass_drops_what_the_forward_pass_dropped(name):
+    """The output is linear in the values, so that <gradient, values> = <output, output gradient>."""
+    query, key, value = tensors()
+    value.requires_grad_()
+    out = dispatch_attention_fn(query, key, value, dropout_p=0.4, backend=name)
+    grad_out = tensors(seed=1)[0]
+    [grad] = torch.autograd.grad(out, value, grad_out)
+    assert abs(float((grad * value).sum() - (out * grad_out).sum())) < 1e-3
+
+
+@pytest.mark.parametrize("name", [*ALL, "auto"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_2A18_an_output_is_never_detached(name, which):
+    """Called without gradients before, so that whatever was remembered of such calls must not answer."""
+    given = tensors()
+    for _ in range(2):
+        dispatch_attention_fn(*given, backend=name)
+    given[which].requires_grad_()
+    try:
+        out = dispatch_attention_fn(*given, backend=name)
+    except BackendRejectedError as error:
+        assert error.codes == ("gradients",)
+        return
+    grad_out = tensors(seed=1)[0]
+    [grad] = torch.autograd.grad(out, given[which], grad_out)
+    wide = [tensor.detach().double().requires_grad_() for tensor in given]
+    expected = torch.autograd.grad(attend(*wide)[0], wide, grad_out.double())
+    assert_close(grad, expected[which])
 
 
 @pytest.mark.parametrize("name", ALL)

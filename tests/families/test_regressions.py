@@ -1,4 +1,7 @@
-"""Faults seen in other dispatchers: each is computed right here, or refused before the kernel runs."""
+"""Faults seen in other dispatchers: each is computed right here, or refused before the kernel runs.
+
+The numbers are explained in ``tests/test_regressions.py``.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def refused(name, code, *args, **kwargs):
     assert code in caught.value.codes
 
 
-def test_xformers_applies_both_mask_and_causal(on_cpu):
+def test_2A2_xformers_applies_both_mask_and_causal(on_cpu):
     on_cpu("xformers", FIRST["xformers"])
     mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
     mask[:, :, :, 2] = False
@@ -43,7 +46,7 @@ def test_xformers_applies_both_mask_and_causal(on_cpu):
 
 @pytest.mark.parametrize("name", VARLEN)
 @pytest.mark.parametrize("hidden", [slice(0, 3), slice(2, 5), slice(5, 8)], ids=["left", "interior", "right"])
-def test_varlen_packs_the_kept_keys_not_a_prefix(name, hidden, on_cpu):
+def test_2A5_varlen_packs_the_kept_keys_not_a_prefix(name, hidden, on_cpu):
     on_cpu(name, FIRST[name])
     keep = torch.ones(2, 8, dtype=torch.bool)
     keep[1, hidden] = False
@@ -53,7 +56,7 @@ def test_varlen_packs_the_kept_keys_not_a_prefix(name, hidden, on_cpu):
 
 
 @pytest.mark.parametrize("name", VARLEN)
-def test_varlen_never_reduces_a_mask_that_depends_on_the_query_or_head(name, on_cpu):
+def test_2A6_varlen_never_reduces_a_mask_that_depends_on_the_query_or_head(name, on_cpu):
     on_cpu(name, FIRST[name])
     causal = torch.ones(8, 8, dtype=torch.bool).tril()
     per_head = torch.ones(1, 2, 1, 8, dtype=torch.bool)
@@ -63,19 +66,19 @@ def test_varlen_never_reduces_a_mask_that_depends_on_the_query_or_head(name, on_
 
 
 @pytest.mark.parametrize("name", VARLEN)
-def test_varlen_refuses_a_two_dimensional_mask_over_queries_and_keys(name, on_cpu):
+def test_2A6_varlen_refuses_a_two_dimensional_mask_over_queries_and_keys(name, on_cpu):
     on_cpu(name, FIRST[name])
     mask = torch.ones(8, 8, dtype=torch.bool)
     mask[0, 1] = False
     refused(name, "mask", *tensors(batch=1), mask)
 
 
-def test_xformers_reads_a_bool_mask_as_attend_or_not(on_cpu):
+def test_2A7_xformers_reads_a_bool_mask_as_attend_or_not(on_cpu):
     on_cpu("xformers", FIRST["xformers"])
     check("xformers", *tensors(), torch.rand(2, 1, 8, 8) < 0.6)
 
 
-def test_npu_float_masks_are_added_not_inverted(on_cpu):
+def test_2A8_npu_float_masks_are_added_not_inverted(on_cpu):
     on_cpu("_native_npu", FIRST["_native_npu"])
     additive = torch.zeros(2, 1, 1, 8)
     additive[0, ..., :3] = -10000.0
@@ -83,7 +86,7 @@ def test_npu_float_masks_are_added_not_inverted(on_cpu):
     check("_native_npu", *tensors(), -torch.rand(1, 2, 8, 8) - 0.1, scale=0.3)
 
 
-def test_npu_does_not_drop_causal(on_cpu):
+def test_2A9_npu_does_not_drop_causal(on_cpu):
     on_cpu("_native_npu", FIRST["_native_npu"])
     check("_native_npu", *tensors(), is_causal=True)
 
@@ -93,7 +96,7 @@ def test_npu_states_its_scale(on_cpu):
     check("_native_npu", *tensors())
 
 
-def test_xla_does_not_drop_the_scale(on_cpu):
+def test_2A10_xla_does_not_drop_the_scale(on_cpu):
     on_cpu("_native_xla", FIRST["_native_xla"])
     check("_native_xla", *tensors(), scale=1.0)
     check("_native_xla", *tensors(), scale=0.05)
@@ -109,14 +112,14 @@ def test_xla_pads_what_its_blocks_do_not_divide(length, on_cpu):
 
 
 @pytest.mark.parametrize("name", [name for name in FIRST if not BACKENDS[name].capabilities[0].dropout])
-def test_dropout_is_refused_where_the_kernel_has_none(name, on_cpu):
+def test_2A11_dropout_is_refused_where_the_kernel_has_none(name, on_cpu):
     on_cpu(name, FIRST[name])
     refused(name, "dropout", *tensors(), dropout_p=0.1)
 
 
 @pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("kwargs", [{"window_size": (2, 2)}, {"softcap": 5.0}], ids=["window", "softcap"])
-def test_window_and_softcap_are_served_or_refused(name, kwargs, on_cpu):
+def test_2A12_window_and_softcap_are_served_or_refused(name, kwargs, on_cpu):
     backend, _ = on_cpu(name, FIRST[name])
     call = canonicalise(*tensors(), attention_kwargs=kwargs)
     codes = [reason.code for reason in reasons_against(backend.capabilities, spec_of(call))]
@@ -127,7 +130,7 @@ def test_window_and_softcap_are_served_or_refused(name, kwargs, on_cpu):
 
 
 @pytest.mark.parametrize("name", SAGE)
-def test_sage_never_returns_a_silently_detached_output(name, on_cpu):
+def test_2A18_sage_never_returns_a_silently_detached_output(name, on_cpu):
     on_cpu(name, FIRST[name])
     detached = tensors()
     dispatch_attention_fn(*detached, backend=name)
@@ -199,7 +202,7 @@ def test_masks_are_refused_where_the_kernel_would_drop_them(name, on_cpu):
 
 @pytest.mark.parametrize("name", [name for name in FIRST if BACKENDS[name].capabilities[0].causal != "none"])
 @pytest.mark.parametrize("lengths", [(3, 8), (8, 3), (1, 8)])
-def test_causal_of_different_lengths_is_top_left_or_refused(name, lengths, on_cpu):
+def test_2A21_causal_of_different_lengths_is_top_left_or_refused(name, lengths, on_cpu):
     backend, _ = on_cpu(name, FIRST[name])
     query = tensors(lengths[0])[0]
     _, key, value = tensors(lengths[1])
@@ -211,7 +214,7 @@ def test_causal_of_different_lengths_is_top_left_or_refused(name, lengths, on_cp
 
 
 @pytest.mark.parametrize(("name", "record"), ROWS)
-def test_lse_has_one_layout_dtype_and_base(name, record, on_cpu):
+def test_2D_lse_has_one_layout_dtype_and_base(name, record, on_cpu):
     backend, _ = on_cpu(name, record)
     query, key, value = tensors()
     call = canonicalise(query, key, value, attention_kwargs={"return_lse": True})
@@ -232,7 +235,7 @@ def test_flash_3_never_unpacks_a_bare_tensor(name, record, on_cpu):
 
 
 @pytest.mark.parametrize("name", ["_flash_3", "_flash_3_hub", "flash_4"])
-def test_training_reaches_the_kernels_own_backward(name, on_cpu):
+def test_2B_training_reaches_the_kernels_own_backward(name, on_cpu):
     on_cpu(name, FIRST[name])
     query, key, value = tensors(requires_grad=True)
     dispatch_attention_fn(query, key, value, backend=name).sum().backward()
@@ -240,13 +243,13 @@ def test_training_reaches_the_kernels_own_backward(name, on_cpu):
 
 
 @pytest.mark.parametrize("name", ["flash", "flash_varlen"])
-def test_no_dropout_is_invented_to_get_the_lse(name, on_cpu):
+def test_2E_no_dropout_is_invented_to_get_the_lse(name, on_cpu):
     _, calls = on_cpu(name, FIRST[name])
     dispatch_attention_fn(*tensors(), backend=name, attention_kwargs={"return_lse": True})
     assert calls.calls[-1][1]["dropout_p"] == 0.0
 
 
-def test_fp8_sage_runs_where_it_was_made_for():
+def test_2B_fp8_sage_runs_where_it_was_made_for():
     [row] = BACKENDS["_sage_qk_int8_pv_fp8_cuda"].capabilities
     assert {"sm_89", "sm_120"} <= set(row.architectures)
     [hopper] = BACKENDS["_sage_qk_int8_pv_fp8_cuda_sm90"].capabilities
@@ -267,7 +270,7 @@ def test_sage_options_are_checked_and_reach_the_kernel(on_cpu):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_a_backend_that_is_not_installed_says_so(name, registered):
+def test_2B_a_backend_that_is_not_installed_says_so(name, registered):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, and may have the package")
     with pytest.raises(BackendUnavailableError) as caught:
