@@ -15,7 +15,6 @@ import weakref
 from typing import Any
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 
 from . import registry
@@ -50,21 +49,29 @@ if hasattr(torch.jit._builtins, "_register_builtin"):
     torch.jit._builtins._register_builtin(_routed_sdpa, "aten::scaled_dot_product_attention")
 
 
+# torch.compile takes F.multi_head_attention_forward for one operator of the graph, run after the scope around it has
+# ended, but knows it by identity: the same code in another function is traced.
+_original_multihead: Any = F.multi_head_attention_forward
+_traceable_multihead = types.FunctionType(
+    _original_multihead.__code__, vars(F), _original_multihead.__name__, _original_multihead.__defaults__
+)
+_traceable_multihead.__kwdefaults__ = _original_multihead.__kwdefaults__
+
+
+def _check_key_padding_mask(key_padding_mask: torch.Tensor, src_len: int, bsz: int) -> None:
+    if key_padding_mask.shape[0] != bsz or key_padding_mask.shape[1] != src_len:
+        raise AssertionError("key_padding_mask must be of shape (batch, key length)")
+
+
 @functools.cache
-def _trace_through_multihead() -> None:
-    """Let torch.compile see into F.multi_head_attention_forward, which it otherwise takes for one operator of the graph,
-    run after the scope around it has ended."""
-    rules = torch._dynamo.trace_rules.get_torch_obj_rule_map()
-    rules[F.multi_head_attention_forward] = torch._dynamo.variables.UserFunctionVariable
+def _let_key_padding_be_traced() -> None:
     check = getattr(F, "_check_key_padding_mask", None)
     if check is not None:
         # It calls torch._check_with, which cannot be traced (torch 2.13).
         torch.compiler.substitute_in_graph(check, skip_signature_check=True)(_check_key_padding_mask)
 
 
-def _check_key_padding_mask(key_padding_mask: torch.Tensor, src_len: int, bsz: int) -> None:
-    if key_padding_mask.shape[0] != bsz or key_padding_mask.shape[1] != src_len:
-        raise AssertionError("key_padding_mask must be of shape (batch, key length)")
+_REPLACEMENTS = ((_original, _routed_sdpa), (_original_multihead, _traceable_multihead))
 
 
 def is_sdpa(value: Any) -> bool:
@@ -125,17 +132,17 @@ def intercept(scope: Any) -> None:
     with _lock:
         # The backends bind torch's own function when they are loaded.
         registry.get("native")
-        _trace_through_multihead()
+        _let_key_padding_be_traced()
         _scopes.add(scope)
         weakref.finalize(scope, _restore_if_unused).atexit = False
-        _swap(_original, _routed_sdpa, all_files=False)
+        _swap(all_files=False)
 
 
 def intercept_everywhere() -> None:
     """Replace the function in files imported since the first replacement too."""
     with _lock:
         if _in_use():
-            _swap(_original, _routed_sdpa, all_files=True)
+            _swap(all_files=True)
 
 
 def release(scope: Any) -> None:
@@ -153,17 +160,18 @@ def _in_use() -> bool:
 def _restore_if_unused() -> None:
     with _lock:
         if not _in_use():
-            _swap(_routed_sdpa, _original, all_files=True)
+            _swap(back=True, all_files=True)
 
 
-def _swap(old: Any, new: Any, all_files: bool) -> None:
-    if not all_files and F.scaled_dot_product_attention is new:
+def _swap(all_files: bool, back: bool = False) -> None:
+    """Put the replacements in place, or torch's functions ``back``; without ``all_files`` only where that was not done."""
+    pairs = [pair[::-1] if back else pair for pair in _REPLACEMENTS]
+    if not all_files and F.scaled_dot_product_attention is pairs[0][1]:
         return
-    if F.scaled_dot_product_attention is old:
-        F.scaled_dot_product_attention = new
-    for name, module in list(sys.modules.items()):
+    new_for = {id(old): new for old, new in pairs}
+    for name, module in [("", F), *sys.modules.items()]:
         if not isinstance(module, types.ModuleType) or name.startswith(("torch.", "attention_dispatch.")):
             continue
         for attribute, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, attribute, new)
+            if id(value) in new_for:
+                setattr(module, attribute, new_for[id(value)])

@@ -195,7 +195,22 @@ def test_another_model_can_be_scripted_and_traced_by_fx_meanwhile():
 
     torch.testing.assert_close(torch.jit.script(other)(x), other(x))
     torch.testing.assert_close(torch.fx.symbolic_trace(other)(x), other(x))
+    multihead, sequence = nn.MultiheadAttention(DIM, HEADS), torch.randn(5, 2, DIM)
+    scripted = torch.jit.script(multihead)
+    torch.testing.assert_close(scripted(sequence, sequence, sequence), multihead(sequence, sequence, sequence))
     ad.reset_attention_backend(routed)
+
+
+def test_torch_has_both_of_its_functions_back_after_a_reset(probe):
+    names = ("scaled_dot_product_attention", "multi_head_attention_forward")
+    before = [getattr(F, name) for name in names]
+    model, x = nn.MultiheadAttention(DIM, HEADS), torch.randn(5, 2, DIM)
+    ad.set_attention_backend(model, "probe_a")
+    assert not any(getattr(F, name) is function for name, function in zip(names, before))
+    model(x, x, x, need_weights=False)
+    assert probe.taken() == 1
+    ad.reset_attention_backend(model)
+    assert all(getattr(F, name) is function for name, function in zip(names, before))
 
 
 @pytest.mark.parametrize(
