@@ -7,6 +7,7 @@ are timed end to end, quantisation included. Times are medians over CUDA-event t
 under a causal mask, times 3.5 for forward and backward. K carries a per-channel offset of 2σ, as diffusion transformers' keys
 do. Errors are relative L2 against float64 on one head; a kernel whose error exceeds its tolerance gets no speed-up.
 Besides torch's kernels, `sageattention` and `flash_attn_interface` (FlashAttention-3) are measured where they are installed.
+`first call` is the time of the first call in this process: compilation, or where Triton's cache on disk has the kernel, loading it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 EXACT_TOLERANCE = 5e-3
 TOLERANCE = {"triton_sage": 5e-2, "triton_sage_fp16": 2e-2, "sageattention": 5e-2}
 ROUNDS = 7
+# So that the figure of a kernel that runs for milliseconds does not rest on single calls between pauses.
+LEAST_CALLS = 5
 
 
 class Shape(NamedTuple):
@@ -157,7 +161,14 @@ def milliseconds(run: Callable[[], Any], budget_ms: float) -> float:
     """Median time of calls within about `budget_ms`, the cache cleared before each."""
     from triton.testing import do_bench
 
-    return do_bench(run, warmup=int(budget_ms / 5) or 1, rep=int(budget_ms) or 1, return_mode="median")
+    return do_bench(run, warmup=math.ceil(budget_ms / 5), rep=math.ceil(budget_ms), return_mode="median")
+
+
+def in_turns(runs: Sequence[Callable[[], Any]], budget_ms: float) -> list[float]:
+    """For each of `runs` the median over ROUNDS of its time, in ms; all are timed once in every round."""
+    budgets = [max(budget_ms / ROUNDS, LEAST_CALLS * milliseconds(run, 1)) for run in runs]
+    rounds = [[milliseconds(run, budget) for run, budget in zip(runs, budgets)] for _ in range(ROUNDS)]
+    return [statistics.median(times) for times in zip(*rounds)]
 
 
 def measure(shape: Shape, kernels: dict[str, Kernel], budget_ms: float) -> list[dict[str, Any]]:
@@ -193,12 +204,8 @@ def measure(shape: Shape, kernels: dict[str, Kernel], budget_ms: float) -> list[
         results.append(
             {"shape": str(shape), "kernel": name, "error": error_norm, "cosine": cosine, "first_call_s": first_call, "peak_bytes": peak}
         )
-    timings: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
-        for index, run in enumerate(runs):
-            timings[index].append(milliseconds(run, budget_ms / ROUNDS))
-    for result, times in zip(results, timings):
-        result["ms"] = statistics.median(times)
+    for result, ms in zip(results, in_turns(runs, budget_ms)):
+        result["ms"] = ms
         result["tflops"] = shape.flops / result["ms"] / 1e9
     return with_speedups(results)
 
@@ -242,12 +249,8 @@ def measure_backward(shape: Shape, budget_ms: float) -> list[dict[str, Any]]:
         )
         runs.append(run)
         results.append({"shape": f"{shape} fwd+bwd", "kernel": name, "error": error})
-    timings: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
-        for index, run in enumerate(runs):
-            timings[index].append(milliseconds(run, budget_ms / ROUNDS))
-    for result, times in zip(results, timings):
-        result["ms"] = statistics.median(times)
+    for result, ms in zip(results, in_turns(runs, budget_ms)):
+        result["ms"] = ms
         result["tflops"] = 3.5 * shape.flops / result["ms"] / 1e9
         result["right"] = result["error"] <= 2e-2
         result["speedup"] = results[0]["ms"] / result["ms"] if result["right"] and "ms" in results[0] else None
@@ -313,23 +316,28 @@ def main() -> None:
         **installed_kernels(),
         **{name: own_kernel(name) for name in ("triton_flash", "triton_sage", "triton_sage_fp16")},
     }
-    everything = []
+    everything: list[dict[str, Any]] = []
+
+    def record(results: list[dict[str, Any]]) -> None:
+        everything.extend(results)
+        if arguments.json:
+            versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+            with open(arguments.json, "w") as file:
+                json.dump({**versions, "results": everything}, file, indent=1)
+
     for shape in arguments.shapes or SHAPES:
         print(shape, flush=True)
         results = measure(shape, kernels, budget_ms)
         show(results)
-        everything += results
+        record(results)
     if not arguments.shapes:
         for shape in BACKWARD_SHAPES:
             print(f"{shape} forward and backward", flush=True)
             results = measure_backward(shape, budget_ms)
             show(results)
-            everything += results
+            record(results)
     if arguments.plot:
-        everything += plot(arguments.plot, {k: v for k, v in kernels.items() if k != "aten efficient"}, budget_ms / 2)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "results": everything}, file, indent=1)
+        record(plot(arguments.plot, {k: v for k, v in kernels.items() if k != "aten efficient"}, budget_ms / 2))
 
 
 if __name__ == "__main__":
