@@ -16,7 +16,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_dispatch as ad
-from attention_dispatch import settings
+from attention_dispatch import registry, settings
 from attention_dispatch.integrations import diffusers as integration
 
 from .models import (
@@ -136,6 +136,19 @@ def test_2C_switching_npu_or_xla_off_does_not_switch_it_on(switch):
     attention.processor._attention_backend = "flex"
     getattr(attention, switch)(False)
     assert attention.processor._attention_backend == "flex"
+    forward(model, inputs)
+
+
+def test_2C_switching_xformers_off_ends_it(monkeypatch):
+    monkeypatch.setitem(registry._states, "xformers", registry.Status("xformers", True, ()))
+    model, inputs = flux_transformer()
+    attention = model.transformer_blocks[0].attn
+    model.set_attention_backend("xformers")
+    model.disable_xformers_memory_efficient_attention()
+    assert attention.processor._attention_backend is None
+    attention.set_attention_backend("reference")
+    model.disable_xformers_memory_efficient_attention()
+    assert attention.processor._attention_backend == "reference"
     forward(model, inputs)
 
 

@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import attention_backend
 
 import attention_dispatch as ad
 from attention_dispatch.integrations import diffusers as integration
-from attention_dispatch.registry import Backend, register_backend, unregister_backend
+from attention_dispatch.registry import Backend, get, register_backend, unregister_backend
 
 from .models import flux_transformer, forward, sd3_transformer, unet
 from .pipelines import build, draw
@@ -238,7 +238,7 @@ def test_members_of_the_enum_are_requests(ran):
 
 def test_names_registered_later_join_and_leave_the_enum():
     names = upstream.AttentionBackendName
-    register_backend(Backend("late", "test", (), lambda call: None))
+    register_backend(Backend("late", "test", get("native").capabilities, lambda call: None))
     assert names("late").name == "LATE"
     assert "LATE" in names.__members__
     assert names("late") in upstream._AttentionBackendRegistry._backends

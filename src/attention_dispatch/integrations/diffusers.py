@@ -53,6 +53,7 @@ _upstream_init = ModelMixin.__init__
 _upstream_setstate = ModelMixin.__setstate__
 _upstream_npu = AttentionModuleMixin.set_use_npu_flash_attention
 _upstream_xla = AttentionModuleMixin.set_use_xla_flash_attention
+_upstream_xformers = AttentionModuleMixin.set_use_memory_efficient_attention_xformers
 _upstream_parallelism = ModelMixin.enable_parallelism
 _upstream_skip = layer_skip.AttentionProcessorSkipHook.new_forward
 
@@ -147,6 +148,7 @@ def activate() -> None:
         _replace(AttentionModuleMixin, "set_attention_backend", _set_on_module)
         _replace(AttentionModuleMixin, "set_use_npu_flash_attention", _use_npu)
         _replace(AttentionModuleMixin, "set_use_xla_flash_attention", _use_xla)
+        _replace(AttentionModuleMixin, "set_use_memory_efficient_attention_xformers", _use_xformers)
         _replace(layer_skip.AttentionProcessorSkipHook, "new_forward", _skip_scores)
         _replace(upstream.AttentionBackendName, "_missing_", classmethod(_member_for_several))
         if _upstream_registry._checks_enabled and not settings.checks():
@@ -312,8 +314,16 @@ def _use_xla(self: Any, use_xla_flash_attention: bool, *args: Any, **kwargs: Any
         _stop_using(self, "_native_xla")
 
 
+@functools.wraps(_upstream_xformers)
+def _use_xformers(self: Any, use_memory_efficient_attention_xformers: bool, *args: Any, **kwargs: Any) -> None:
+    if use_memory_efficient_attention_xformers:
+        _upstream_xformers(self, use_memory_efficient_attention_xformers, *args, **kwargs)
+    else:
+        _stop_using(self, "xformers")
+
+
 def _stop_using(module: Any, name: str) -> None:
-    # diffusers (0.42) sets the backend here too.
+    # diffusers (0.42) sets NPU and XLA here too, and leaves xformers set.
     if getattr(module.processor, "_attention_backend", None) == name:
         models.reset_attention_backend(module)
 
