@@ -206,9 +206,11 @@ def leave(entered: list[Any], index: int) -> Any:
         What the innermost scope that is left set; None if there is none.
     """
     entered[index] = None
-    while entered and entered[-1] is None:
+    while entered:
+        if entered[-1] is not None:
+            return entered[-1]
         entered.pop()
-    return entered[-1] if entered else None
+    return None
 
 
 class attention_backend:  # lower case: it is used like a function, as in diffusers
@@ -234,25 +236,26 @@ class attention_backend:  # lower case: it is used like a function, as in diffus
         torch.Size([1, 16, 2, 32])
     """
 
-    __slots__ = ("_places", "request")
+    __slots__ = ("_place", "request")
 
     def __init__(self, request: Any = "native"):
         self.request = parsed(request)
-        # One for each time that this object is entered and not left yet.
-        self._places: list[tuple[Settings, int]] = []
+        # Thread and index in its list; then the same of the time before that this object was entered and not left yet.
+        self._place: Any = None
 
     def __enter__(self) -> attention_backend:
         state = current.state
-        scopes = state.fields["scopes"]
-        self._places.append((state, len(scopes)))
+        fields = state.fields
+        scopes = fields["scopes"]
+        self._place = (state, len(scopes), self._place)
         scopes.append(self.request)
-        state.fields["scope"] = self.request
+        fields["scope"] = self.request
         state.refresh()
         return self
 
     def __exit__(self, *exception: object) -> None:
         # A generator may end in another thread than it began in.
-        state, index = self._places.pop()
+        state, index, self._place = self._place
         state.fields["scope"] = leave(state.fields["scopes"], index)
         state.refresh()
 

@@ -79,23 +79,23 @@ class at_step:  # lower case: it is used like a function
         ...         pass  # model(latents, timesteps[step])
     """
 
-    __slots__ = ("_places", "step")
+    __slots__ = ("_place", "step")
 
     def __init__(self, step: int):
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise InvalidCallError(f"a step is a count from 0, got {step!r}.")
         self.step = step
-        self._places: list[tuple[Settings, int]] = []
+        self._place: Any = None  # as in attention_backend
 
     def __enter__(self) -> at_step:
         state = current.state
-        self._places.append((state, len(state.steps)))
+        self._place = (state, len(state.steps), self._place)
         state.steps.append(self.step)
         _go_to(state, self.step)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        state, index = self._places.pop()
+        state, index, self._place = self._place
         _go_to(state, leave(state.steps, index))
 
 
