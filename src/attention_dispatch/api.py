@@ -164,7 +164,8 @@ def explain(
     *,
     backend: Any = None,
     device: str | torch.device | None = None,
-) -> Decision:
+    parallel_config: Any = None,
+) -> Decision | Any:
     """Which backend would run a call, why, and why not each other one. Computes nothing.
 
     Takes the arguments of :func:`dispatch_attention_fn`.
@@ -172,9 +173,11 @@ def explain(
     Args:
         device: plan for this device; None takes the tensors' own, and for tensors on ``meta`` the accelerator of this
             machine, or the CPU if there is none.
+        parallel_config: context parallelism; every rank has to ask, as every rank has to call.
 
     Returns:
-        A :class:`~attention_dispatch.decision.Decision`; ``str()`` of it is readable.
+        A :class:`~attention_dispatch.decision.Decision`, or with a ``parallel_config`` a
+        :class:`~attention_dispatch.distributed.ParallelDecision`; ``str()`` of either is readable.
 
     Example:
         >>> import torch, attention_dispatch as ad
@@ -182,6 +185,17 @@ def explain(
         >>> ad.explain(q, q, q, backend=["flash", "native"], device="cpu").backend
         'native'
     """
+    if parallel_config is not None:
+        from .distributed import as_context_parallel, explain_parallel
+
+        parallel = as_context_parallel(parallel_config)
+        if parallel is not None:
+            if device is not None:
+                raise InvalidCallError("explain takes a device or a parallel_config, not both.")
+            return explain_parallel(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+                request_for(backend), parallel,
+            )  # fmt: skip
     call = _canonical(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
     request = request_for(backend).for_lengths(call.query.shape[1], call.key.shape[1])
     return decide(call, request, device, origin_of(backend))

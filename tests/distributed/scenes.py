@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
-from attention_dispatch import dispatch_attention_fn, set_attention_backend
+from attention_dispatch import dispatch_attention_fn, explain, set_attention_backend
 from attention_dispatch.distributed import (
     ContextParallel,
     as_context_parallel,
@@ -281,6 +282,41 @@ def compiled_ulysses(world: int) -> dict[str, Any]:
             "grad": max(relative_error(g, shard(w, parallel)) for g, w in zip(gradients, wanted))}
 
 
+def sent_by(call) -> int:
+    """Bytes that a call hands to torch.distributed for other ranks."""
+    sent, original = [], dist.batch_isend_irecv
+
+    def count(ops):
+        sent.extend(op.tensor.numel() * op.tensor.element_size() for op in ops if op.op is dist.isend)
+        return original(ops)
+
+    dist.batch_isend_irecv = count
+    try:
+        call()
+    finally:
+        dist.batch_isend_irecv = original
+    return sum(sent)
+
+
+def explained(ring: ContextParallel, ulysses: ContextParallel) -> dict[str, Any]:
+    """What explain says of calls, and what they then do."""
+    found: dict[str, Any] = {}
+    for name, parallel, backend, mask in (
+        ("ring", ring, "native", None), ("ulysses", ulysses, "native", None), ("math", ring, "_native_math", None),
+        ("sage", ring, ["sage", "reference"], None), ("nothing", ring, "sage", None),
+        ("padded", ulysses, "auto", torch.ones(2, 13, dtype=torch.bool)),
+    ):
+        local = [shard(tensor, parallel) for tensor in tensors(13, 3, 3)]
+        decision = explain(*local, mask, is_causal=name == "ring", backend=backend, parallel_config=parallel)
+        result = None
+        if decision.backend is not None:
+            result = sent_by(lambda local=local, name=name, backend=backend, parallel=parallel, mask=mask:
+                             dispatch_attention_fn(*local, mask, is_causal=name == "ring", backend=backend,
+                                                   parallel_config=parallel))
+        found[name] = (str(decision), json.loads(decision.to_json()), result)
+    return found
+
+
 def two_ranks(rank: int) -> dict[str, Any]:
     """Scenes of a world of two."""
     ring, ulysses = ContextParallel(ring=2), ContextParallel(ulysses=2)
@@ -299,6 +335,7 @@ def two_ranks(rank: int) -> dict[str, Any]:
         "model of torch": lambda: whole_model(2, "sdpa"),
         "routed model of torch": lambda: whole_model(2, "sdpa", "reference"),
         "foreign": lambda: foreign_config(rank, 2),
+        "explained": lambda: explained(ring, ulysses),
         "compiled": lambda: compiled_ulysses(2),
         "resident": lambda: resident_keys(rank, 2),
         "failures": lambda: failures(rank, 2),

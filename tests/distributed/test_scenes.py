@@ -98,3 +98,29 @@ def test_a_config_of_diffusers_is_read_by_its_attributes(results):
     for found in results[2]:
         assert found["foreign"]["out"] < 1e-5
         assert found["foreign"]["none"] is None
+
+
+def test_explain_tells_what_a_call_does_on_every_rank(results):
+    for rank, world in enumerate(results[2]):
+        assert isinstance(world["explained"], dict), world["explained"]
+        ring_text, ring, sent = world["explained"]["ring"]
+        assert ring["backend"] == "_native_flash" and ring["tokens"] == [7, 6] and "_native_flash, on every rank" in ring_text
+        rows = (7, 6)[rank]
+        before = [f"1 x {rows} queries x 7 keys, plain"] if rank else []
+        assert sorted(ring["kernel_calls"]) == sorted([f"1 x {rows} queries x {rows} keys, causal", *before])
+        # Keys and values of my tokens, padded to 64 elements each, go to the other rank.
+        assert ring["sent_bytes"] == 2 * rows * 3 * 8 * 2 * 4 <= sent < ring["sent_bytes"] + 2 * 64 * 4
+        _, ulysses, sent = world["explained"]["ulysses"]
+        assert ulysses["backend"] == "native" and ulysses["heads"] == [2, 1] and ulysses["sent_bytes"] == sent
+        assert world["explained"]["padded"][1]["backend"] is not None
+        assert world["explained"]["sage"][1]["backend"] == "reference"
+
+
+def test_explain_says_why_not(results):
+    for world in results[2]:
+        text, math, _ = world["explained"]["math"]
+        assert math["backend"] is None and "[lse]" in math["error"] and "Not _native_math" in text
+        _, nothing, _ = world["explained"]["nothing"]
+        assert nothing["backend"] is None and nothing["offers"] == [[], []]
+        [sage] = [verdict for verdict in nothing["verdicts"] if verdict["backend"] == "sage"]
+        assert sage["reasons"] and all(reason["fix"] for reason in sage["reasons"])

@@ -9,6 +9,7 @@ from .attention import context_parallel_attention
 from .config import ContextParallel, as_context_parallel
 from .connect import dispatch_parallel
 from .cost import Link, ParallelismPlan, plan_parallelism
+from .decision import ParallelDecision, explain_parallel
 from .model import context_parallel, gather, give, has_carriers, shard
 from .pair import AttentionPair, BlockCall, BlockFacts, exact_backward
 
@@ -18,6 +19,7 @@ __all__ = [
     "BlockFacts",
     "ContextParallel",
     "Link",
+    "ParallelDecision",
     "ParallelismPlan",
     "PeerError",
     "as_context_parallel",
@@ -25,6 +27,7 @@ __all__ = [
     "context_parallel_attention",
     "dispatch_parallel",
     "exact_backward",
+    "explain_parallel",
     "gather",
     "give",
     "has_carriers",

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendRejectedError, InvalidCallError, NoBackendError
+from ..errors import InvalidCallError
 from .agreement import CallFacts, float_bits
 from .config import LAYOUTS, ContextParallel
 from .execute import Execution
 from .merge import accumulation_dtype
 from .pair import AttentionPair
-from .plan import CallOptions, Plan, make_plan
-from .sharded_mask import ShardedMask, read_masks
+from .plan import CallOptions, Plan
+from .sharded_mask import ShardedMask
+from .survey import chosen
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool)
 
@@ -73,32 +74,69 @@ def context_parallel_attention(
         BackendRejectedError: the kernel cannot serve it. Nothing was sent.
         PeerError: another rank refused or failed.
     """
-    error: Exception | None = None
-    facts = kernels = None
-    try:
-        kernels = tuple(pair()) if callable(pair) else (pair,)
-        _check(query, key, value, attn_mask, dropout_p)
-        scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        options = CallOptions(
-            scale, float(softcap), deterministic, is_causal, (window_size[0], window_size[1]), needs_grad, return_lse
-        )
-        facts = _facts(query, key, value, attn_mask, options, parallel, request or kernels[0].name)
-    except Exception as caught:
-        error = caught
-    calls = _agree(parallel, facts, error)
-    assert kernels is not None
-    plan, kernel = _plan(parallel, kernels, calls, (query, key, value), attn_mask, options)
+    calls, kernels, options = open_call(
+        query,
+        key,
+        value,
+        attn_mask,
+        parallel,
+        pair,
+        request,
+        dropout_p,
+        is_causal,
+        scale,
+        window_size=window_size,
+        softcap=softcap,
+        deterministic=deterministic,
+        return_lse=return_lse,
+    )
+    plan, kernel = chosen(parallel, kernels, calls, (query, key, value), attn_mask, options)
     if told is not None:
         told(kernel.name)
     mask = None if attn_mask is None else _shard_mask(parallel, plan, attn_mask)
     agreement = parallel.agreement if parallel.agree_always else None
     run = Execution(plan, kernel, mask, agreement, parallel.ulysses_rank)
-    if needs_grad:
+    if options.needs_grad:
         out, lse = _Attention.apply(query, key, value, run, plan)
     else:
         out, lse, _ = run.forward(query, key, value)
     return (out, lse) if return_lse else out
+
+
+def open_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    parallel: ContextParallel,
+    pair: AttentionPair | Callable[[], Sequence[AttentionPair]],
+    request: str,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> tuple[tuple[CallFacts, ...], tuple[AttentionPair, ...], CallOptions]:
+    """Every rank's facts, this rank's candidates and the options; arguments and errors as for the call."""
+    error: Exception | None = None
+    facts = options = None
+    kernels: tuple[AttentionPair, ...] = ()
+    try:
+        kernels = tuple(pair()) if callable(pair) else (pair,)
+        _check(query, key, value, attn_mask, dropout_p)
+        scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        window = (window_size[0], window_size[1])
+        options = CallOptions(scale, float(softcap), deterministic, is_causal, window, needs_grad, return_lse)
+        facts = _facts(query, key, value, attn_mask, options, parallel, request or kernels[0].name)
+    except Exception as caught:
+        error = caught
+    calls = _agree(parallel, facts, error)
+    assert options is not None
+    return calls, kernels, options
 
 
 class _Attention(torch.autograd.Function):
@@ -225,55 +263,6 @@ def _agree(parallel: ContextParallel, facts: CallFacts | None, error: Exception 
     if not parallel.agree_always:
         parallel.agreed[facts] = calls
     return calls
-
-
-def _plan(
-    parallel: ContextParallel,
-    pairs: Sequence[AttentionPair],
-    calls: tuple[CallFacts, ...],
-    tensors: tuple[Tensor, Tensor, Tensor],
-    mask: Tensor | None,
-    options: CallOptions,
-) -> tuple[Plan, AttentionPair]:
-    """The plan for a call that all ranks agreed on, and the kernel that can serve it on every rank; made once.
-
-    The key holds nothing but agreed facts, so all ranks find a plan or all of them make one.
-    """
-    known = parallel.plans.get(calls)
-    if known is not None:
-        return known
-    q_layout = parallel.layout_of([call.query_tokens for call in calls])
-    kv_layout = parallel.layout_of([call.key_tokens for call in calls])
-    form, kind = None, "none"
-    if mask is not None:
-        form = read_masks(
-            [call.mask_sizes for call in calls], calls[0].batch, calls[0].query_heads, q_layout, kv_layout
-        )
-        kind = form.kind(mask)
-    able: dict[str, tuple[Plan, AttentionPair]] = {}
-    refused: list[BackendRejectedError] = []
-    error: Exception | None = None
-    for pair in pairs:
-        try:
-            able[pair.name] = make_plan(parallel, pair, tensors, q_layout, kv_layout, options, kind, form), pair
-        except BackendRejectedError as refusal:
-            refused.append(refusal)
-        except Exception as caught:
-            error = caught
-    if error is None and not able:
-        error = refused[0] if len(refused) == 1 else _none_left(refused)
-    parallel.agreement.close(error)
-    offers = parallel.agreement.all(tuple(able))
-    common = [name for name in offers[0] if all(name in offer for offer in offers)]
-    if not common:
-        raise _none_left([*refused], f"no backend can serve the call on every rank; by rank: {offers}")
-    parallel.plans[calls] = able[common[0]]
-    return able[common[0]]
-
-
-def _none_left(refused: Sequence[BackendRejectedError], told: str = "") -> NoBackendError:
-    text = told or "no backend of the request can run this call under context parallelism; no tensor was sent."
-    return NoBackendError("\n".join([text, *map(str, refused)]), [r for refusal in refused for r in refusal.reasons])
 
 
 def _shard_mask(parallel: ContextParallel, plan: Plan, mask: Tensor) -> ShardedMask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -99,18 +99,13 @@ def _spec(query: Tensor, key: Tensor, value: Tensor, facts: BlockFacts) -> CallS
 
 
 @lru_cache(maxsize=256)
-def _pair(name: str, device: str) -> BackendPair:
+def pair_named(name: str, device: str) -> BackendPair:
+    """A registered backend on a device type."""
     return BackendPair(registry.get(name), device)
 
 
-def pairs_for(request: Request, query: Tensor, key: Tensor, value: Tensor) -> tuple[BackendPair, ...]:
-    """Candidates of a request in order: a demand has one, or those that stand for it where the LSE is needed.
-
-    Raises:
-        BackendUnavailableError: a demand whose backend cannot be used here.
-    """
-    if request.mode == "demand":
-        registry.require(request.names[0])
+def names_for(request: Request, query: Tensor, key: Tensor, value: Tensor) -> tuple[str, ...]:
+    """Candidates of a request in order: a demand has one, or those that stand for it where the LSE is needed."""
     facts = BlockFacts("none", False, False, "equal", False, False, True, False)
     local = AttentionCall(query, key, value, scale=1.0, enable_gqa=query.shape[2] != key.shape[2])
     names: list[str] = []
@@ -119,7 +114,49 @@ def pairs_for(request: Request, query: Tensor, key: Tensor, value: Tensor) -> tu
         with_lse = registry.get(name).with_lse
         if with_lse is not None:
             names += with_lse(local)
-    return tuple(_pair(name, query.device.type) for name in dict.fromkeys(names))
+    return tuple(dict.fromkeys(names))
+
+
+def pairs_for(request: Request, query: Tensor, key: Tensor, value: Tensor) -> tuple[BackendPair, ...]:
+    """The candidates of :func:`names_for`.
+
+    Raises:
+        BackendUnavailableError: a demand whose backend cannot be used here.
+    """
+    if request.mode == "demand":
+        registry.require(request.names[0])
+    return tuple(pair_named(name, query.device.type) for name in names_for(request, query, key, value))
+
+
+def arguments_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    enable_gqa: bool,
+    attention_kwargs: Mapping[str, Any] | None,
+    candidates_of: Callable[[], tuple[BackendPair, ...]],
+) -> tuple[dict[str, Any], Callable[[], tuple[BackendPair, ...]]]:
+    """The options of a call, and a function that finds its candidates or raises what is wrong with the call here."""
+    given = dict(attention_kwargs or {})
+
+    def find() -> tuple[BackendPair, ...]:
+        unknown = sorted(set(given) - set(STANDARD_KWARGS))
+        if unknown:
+            raise InvalidCallError(
+                f"attention_kwargs {unknown} are not passed on under context parallelism.\n"
+                f"  Do:    use {', '.join(STANDARD_KWARGS)} only."
+            )
+        if query.shape[2] != key.shape[2] and not enable_gqa:
+            raise InvalidCallError(f"query has {query.shape[2]} heads and key {key.shape[2]}: pass enable_gqa=True.")
+        return candidates_of()
+
+    options = {
+        "window_size": given.get("window_size") or (-1, -1),
+        "softcap": given.get("softcap") or 0.0,
+        "deterministic": bool(given.get("deterministic")),
+        "return_lse": bool(given.get("return_lse")),
+    }
+    return options, find
 
 
 def dispatch_parallel(
@@ -154,17 +191,7 @@ def dispatch_parallel(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, options, request, parallel
         )
 
-    def find() -> tuple[BackendPair, ...]:
-        unknown = sorted(set(options) - set(STANDARD_KWARGS))
-        if unknown:
-            raise InvalidCallError(
-                f"attention_kwargs {unknown} are not passed on under context parallelism.\n"
-                f"  Do:    use {', '.join(STANDARD_KWARGS)} only."
-            )
-        if query.shape[2] != key.shape[2] and not enable_gqa:
-            raise InvalidCallError(f"query has {query.shape[2]} heads and key {key.shape[2]}: pass enable_gqa=True.")
-        return pairs_for(request, query, key, value)
-
+    options, find = arguments_of(query, key, value, enable_gqa, options, lambda: pairs_for(request, query, key, value))
     names: list[str] = []
     result = context_parallel_attention(
         query,
@@ -177,10 +204,7 @@ def dispatch_parallel(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
-        window_size=options.get("window_size") or (-1, -1),
-        softcap=options.get("softcap") or 0.0,
-        deterministic=bool(options.get("deterministic")),
-        return_lse=bool(options.get("return_lse")),
+        **options,
         told=names.append,
     )
     if recording():
