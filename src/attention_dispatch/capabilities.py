@@ -279,7 +279,7 @@ def _feature_reasons(row: Capabilities, spec: CallSpec) -> list[Reason]:
             Reason(
                 "lse",
                 "return_lse is not supported for this call",
-                "use backend='_native_flash', 'flex' or 'reference' for the LSE.",
+                "use backend='_native_flash' or 'reference' for the LSE.",
             )
         )
     if spec.deterministic and (row.deterministic == "never" or (row.deterministic == "forward" and spec.grad)):
