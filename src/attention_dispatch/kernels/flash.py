@@ -23,6 +23,7 @@ from .arguments import (
     KeyRange,
     as_bytes,
     block_descriptor,
+    blocks_of,
     broadcast_strides,
     check_inputs,
     is_hopper_or_newer,
@@ -295,7 +296,7 @@ def flash_attention_forward(
     if key_padding is not None:
         lists, counts = list_key_blocks(key_padding, block_n)
     shape = (batch, heads, seq_q, seq_k)
-    grid = (triton.cdiv(seq_q, block_m) * batch * heads,)
+    grid = (blocks_of(seq_q, block_m) * batch * heads,)
     constants = {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "PAD_D": pad_d, "PAD_DV": pad_dv,
         "HAS_LEFT": keys.left >= 0, "HAS_RIGHT": keys.right >= 0, "SOFTCAP": softcap > 0, "NEGATE": scale < 0,

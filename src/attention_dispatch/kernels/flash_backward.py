@@ -20,6 +20,7 @@ from .arguments import (
     LOG2_E,
     KeyRange,
     as_bytes,
+    blocks_of,
     broadcast_strides,
     needs_wide_offsets,
     padded_head_dim,
@@ -501,7 +502,7 @@ def flash_attention_backward(
     lse = lse.contiguous()
     seen = facts(query, key, value, grad_out, out, lse, grad_lse, key_padding, mask, bias)
     launch(
-        delta_kernel, (triton.cdiv(seq_q, 32) * batch * heads,), device, seen,
+        delta_kernel, (blocks_of(seq_q, 32) * batch * heads,), device, seen,
         (
             out, grad_out, grad_lse, delta, lse, lse_log2,
             *out.stride(), *grad_out.stride(), *grad_strides, heads, seq_q, head_dim_v,
@@ -528,8 +529,8 @@ def flash_attention_backward(
     key_tile, query_tile = backward_tiles(query, max(pad_d, pad_dv))
     seen = (seen, facts(seed), keys, *flags.values())
     for kernel, gradients, tile, tiles in (
-        (key_gradient_kernel, (dk, dv), key_tile, triton.cdiv(seq_k, key_tile["BLOCK_N"]) * batch * heads_kv),
-        (query_gradient_kernel, (dq,), query_tile, triton.cdiv(seq_q, query_tile["BLOCK_M"]) * batch * heads),
+        (key_gradient_kernel, (dk, dv), key_tile, blocks_of(seq_k, key_tile["BLOCK_N"]) * batch * heads_kv),
+        (query_gradient_kernel, (dq,), query_tile, blocks_of(seq_q, query_tile["BLOCK_M"]) * batch * heads),
     ):
         constants = {"BLOCK_M": tile["BLOCK_M"], "BLOCK_N": tile["BLOCK_N"], **flags, "STAGES": tile["STAGES"]}
         launch(
@@ -539,7 +540,7 @@ def flash_attention_backward(
     if bias is not None and dbias is not None:
         block = 32 if query.dtype == torch.float32 else 64
         summed = [bias.shape[d] == 1 for d in range(4)]
-        tiles_m, tiles_n = triton.cdiv(seq_q, block), triton.cdiv(seq_k, block)
+        tiles_m, tiles_n = blocks_of(seq_q, block), blocks_of(seq_k, block)
         sums = [
             batch if summed[0] else 1,
             heads if summed[1] else 1,

@@ -10,8 +10,10 @@ Numeric hazards: as in flash.py. Every query here sees a key, so no row is empty
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .arguments import LOG2_E
+from .arguments import LOG2_E, blocks_of
 from .hopper_parts import along_rows, named_barrier, thread_sums
 from .launch import facts, launch
 
@@ -33,6 +35,7 @@ _BLOCK_N = 128
 _HEAD_DIM = 128
 # 24 registers stay for each thread of the loading warpgroup.
 _REGISTERS = 240
+_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -237,14 +240,17 @@ def flash_hopper_kernel(
     )  # fmt: skip
 
 
+@lru_cache(None)
+def _tile_layout(rows: int, dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, _HEAD_DIM], _ELEMENTS[dtype])
+
+
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     """For (rows, 128) tiles of a BSHD tensor; what lies beyond seq or head_dim reads as zero."""
     batch, seq, heads, head_dim = tensor.shape
     step_b, step_s, step_h, step_d = tensor.stride()
-    block = [1, 1, rows, _HEAD_DIM]
-    element = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, element)
-    return TensorDescriptor(tensor, [batch, heads, seq, head_dim], [step_b, step_h, step_s, step_d], block, layout)
+    shape, steps = [batch, heads, seq, head_dim], [step_b, step_h, step_s, step_d]
+    return TensorDescriptor(tensor, shape, steps, [1, 1, rows, _HEAD_DIM], _tile_layout(rows, tensor.dtype))
 
 
 def takes(query: Tensor, value: Tensor) -> bool:
@@ -263,7 +269,7 @@ def launch_flash_hopper(
         "MASKED": is_causal or seq_k % _BLOCK_N != 0, "CAUSAL": is_causal, "REGISTERS": _REGISTERS,
     }  # fmt: skip
     launch(
-        flash_hopper_kernel, (triton.cdiv(seq_q, _BLOCK_M) * batch * heads,), query.device,
+        flash_hopper_kernel, (blocks_of(seq_q, _BLOCK_M) * batch * heads,), query.device,
         (facts(query, key, value), is_causal, lse is None),
         (
             _descriptor(query, 64), _descriptor(key, _BLOCK_N), _descriptor(value, _BLOCK_N), out, lse, *out.stride()[:3],

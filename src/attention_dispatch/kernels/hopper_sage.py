@@ -9,9 +9,10 @@ Numeric hazards: as in sage.py. Every query here sees a key, so no row is empty.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-import triton
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .arguments import LOG2_E
+from .arguments import LOG2_E, blocks_of
 from .hopper_parts import along_rows, thread_sums
 from .launch import facts, launch
 from .quantise import KEY_BLOCK, Quantised
@@ -247,6 +248,18 @@ def takes(query: Tensor, key: Tensor, pad_d: int, pad_dv: int) -> bool:
     return pad_d == pad_dv and pad_d in _REGISTERS and query.stride(3) == 1 and rows < 2**31
 
 
+@lru_cache(None)
+def _tile_layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.int8 if dtype == torch.int8 else gl.float8e4nv)
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """For (rows, columns) tiles of a dense tensor, all but its last dimension taken as one."""
+    width = tensor.shape[-1]
+    layout = _tile_layout(rows, columns, tensor.dtype)
+    return TensorDescriptor(tensor, [tensor.numel() // width, width], [width, 1], [rows, columns], layout)
+
+
 def launch_sage_hopper(
     query: Tensor, value: Tensor, quantised: Quantised, out: Tensor, lse: Tensor | None, scale: float, is_causal: bool
 ) -> None:
@@ -257,19 +270,15 @@ def launch_sage_hopper(
     assert values8 is not None
     pad_d = keys8.shape[-1]
 
-    def tiles(tensor: Tensor, rows: int, columns: int, element: Any) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], element)
-        return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, columns], layout)
-
     constants = {
         "BLOCK_M": _BLOCK_M, "BLOCK_N": KEY_BLOCK, "STAGES": _STAGES, "PAD_D": pad_d,
         "MASKED": is_causal or seq_k % KEY_BLOCK != 0, "CAUSAL": is_causal, "NEGATE": scale < 0,
     }  # fmt: skip
     launch(
-        sage_hopper_kernel, (triton.cdiv(seq_q, _BLOCK_M) * batch * heads,), query.device,
+        sage_hopper_kernel, (blocks_of(seq_q, _BLOCK_M) * batch * heads,), query.device,
         (facts(query, value), heads_kv, is_causal, lse is None, quantised.value_mean is None, scale < 0),
         (
-            query, tiles(keys8, KEY_BLOCK, pad_d, gl.int8), tiles(values8, pad_d, KEY_BLOCK, gl.float8e4nv),
+            query, _descriptor(keys8, KEY_BLOCK, pad_d), _descriptor(values8, pad_d, KEY_BLOCK),
             None if lse is None else quantised.key_mean, quantised.key_scale, quantised.value_scale, quantised.value_mean,
             out, lse, *query.stride()[:3], *out.stride()[:3],
             abs(scale) * LOG2_E, heads, heads // heads_kv, seq_q, seq_k, head_dim, head_dim_v,

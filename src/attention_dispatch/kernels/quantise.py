@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import LOG2_E, as_bytes, padded_head_dim, padding_strides
+from .arguments import LOG2_E, as_bytes, blocks_of, padded_head_dim, padding_strides
 from .launch import facts, launch
 
 KEY_BLOCK = 128
@@ -283,7 +283,7 @@ def quantise(
     device = query.device
     pad_d, pad_dv = padded_dims(query, value)
     rows = batch * heads_kv
-    query_blocks, blocks = triton.cdiv(seq_q, KEY_BLOCK), triton.cdiv(seq_k, KEY_BLOCK)
+    query_blocks, blocks = blocks_of(seq_q, KEY_BLOCK), blocks_of(seq_k, KEY_BLOCK)
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -309,8 +309,8 @@ def quantise(
         statistics_kernel, (_PARTS, heads_kv, batch), device, (facts(key, value, key_padding), fp8_value, smooth_v),
         (
             key, value, padding, mean_parts, part_counts, value_parts, value_maxima, *strides,
-            heads_kv, seq_k, head_dim, head_dim_v, triton.cdiv(seq_k, samples), samples,
-            triton.cdiv(blocks, _PARTS) * KEY_BLOCK,
+            heads_kv, seq_k, head_dim, head_dim_v, blocks_of(seq_k, samples), samples,
+            blocks_of(blocks, _PARTS) * KEY_BLOCK,
         ),
         {"PAD_D": pad_d, "PAD_DV": pad_dv, "ROWS": 64, "PARTS": _PARTS, "PART_ROWS": _SAMPLES // _PARTS},
         {"num_warps": 8},

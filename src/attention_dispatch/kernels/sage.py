@@ -25,6 +25,7 @@ from .arguments import (
     KeyRange,
     as_bytes,
     block_descriptor,
+    blocks_of,
     broadcast_strides,
     check_inputs,
     is_hopper_or_newer,
@@ -364,7 +365,7 @@ def sage_attention_forward(
         "WIDE": needs_wide_offsets(value), "STAGES": tile["STAGES"],
     }  # fmt: skip
     launch(
-        sage_forward_kernel, (triton.cdiv(seq_q, block_m) * batch * heads,), device,
+        sage_forward_kernel, (blocks_of(seq_q, block_m) * batch * heads,), device,
         (facts(query, key, value, key_padding, mask, bias), keys, return_lse, smooth_v, tile["TMA"],
          *constants.values(), *tile["options"].values()),
         (
