@@ -119,6 +119,12 @@ def remove_scope(module: nn.Module) -> None:
 
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
     scope = module.__dict__[_SCOPE]
+    forward = module.__dict__.get("forward")
+    if type(forward) is _OwnForward and forward.module() is not module:
+        raise InvalidCallError(
+            f"this {type(module).__name__} is a shallow copy of a routed module (copy.copy, nn.DataParallel), whose forward "
+            f"would run instead. Use copy.deepcopy or DistributedDataParallel, or set the backend after copying."
+        )
     state = current.state
     request = scope.request if scope.schedule is None else state.scheduled.get(scope.schedule)
     if request is None and scope.schedule is not None:

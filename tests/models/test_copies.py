@@ -54,6 +54,17 @@ def test_a_copy_is_routed_whatever_happens_to_the_original(kind, copied, probe):
     assert F.scaled_dot_product_attention is torch_function is blocks.sdpa
 
 
+def test_shallow_copies_are_refused():
+    model, x = Block().eval(), torch.randn(2, 5, DIM)
+    ad.set_attention_backend(model, "native")
+    for twin in (copy.copy(model.attn), model.attn._replicate_for_data_parallel()):
+        with pytest.raises(ad.InvalidCallError, match="shallow copy"):
+            twin(x)
+    model(x)
+    ad.reset_attention_backend(model)
+    copy.copy(model.attn)(x)
+
+
 def test_changing_a_copy_does_not_change_the_original(probes):
     model, x = Block().eval(), torch.randn(2, 5, DIM)
     ad.set_attention_backend(model, "probe_a")
