@@ -92,15 +92,11 @@ def _flash(call: AttentionCall) -> AttentionOutput:
     return AttentionOutput(out, None if lse is None else lse.detach())
 
 
-def _flash_backward(
-    grad_out: Tensor, call: AttentionCall, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_backward(grad_out: Tensor, call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from a global ``out`` and ``lse``, such as those of a ring."""
     from ..kernels import flash_attention_backward
 
-    dq, dk, dv, _ = flash_attention_backward(
-        grad_out, call.query, call.key, call.value, out, lse, **_arguments(call)
-    )
+    dq, dk, dv, _ = flash_attention_backward(grad_out, call.query, call.key, call.value, out, lse, **_arguments(call))
     return dq, dk, dv
 
 
