@@ -77,8 +77,6 @@ def dispatch_attention_fn(
         >>> ad.dispatch_attention_fn(q, k, v, is_causal=True, backend=["flash", "native"]).shape
         torch.Size([2, 16, 4, 64])
     """
-    if backend.__class__ is list:
-        backend = tuple(backend)  # can be a key
     if attention_kwargs is None and parallel_config is None and not _is_dynamo_compiling():
         try:
             if attn_mask is None:
@@ -93,7 +91,11 @@ def dispatch_attention_fn(
             ](query, key, value, attn_mask)  # fmt: skip
         except (KeyError, TypeError, AttributeError, RuntimeError, AssertionError):
             # Not seen before, or not as the kernel needs it, or the caller's mistake: the long way tells.
-            pass
+            if isinstance(backend, list):
+                # A list cannot be a key; asked only now, because every call would pay for the question.
+                return dispatch_attention_fn(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=tuple(backend)
+                )
     return _dispatch(
         query,
         key,
