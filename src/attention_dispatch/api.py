@@ -165,6 +165,7 @@ def explain(
     attention_kwargs: Mapping[str, Any] | None = None,
     *,
     backend: Any = None,
+    module: torch.nn.Module | None = None,
     device: str | torch.device | None = None,
     parallel_config: Any = None,
 ) -> Decision | Any:
@@ -173,6 +174,7 @@ def explain(
     Takes the arguments of :func:`dispatch_attention_fn`.
 
     Args:
+        module: explain the call as if the forward of this module made it: the module's setting counts.
         device: plan for this device; None takes the tensors' own, and for tensors on ``meta`` the accelerator of this
             machine, or the CPU if there is none.
         parallel_config: context parallelism; every rank has to ask, as every rank has to call.
@@ -187,6 +189,11 @@ def explain(
         >>> ad.explain(q, q, q, backend=["flash", "native"], device="cpu").backend
         'native'
     """
+    wanted, origin = request_for(backend), origin_of(backend)
+    if module is not None and backend is None:
+        from .routing import request_in
+
+        wanted, origin = request_in(module) or (wanted, origin)
     if parallel_config is not None:
         from .distributed import as_context_parallel, explain_parallel
 
@@ -196,11 +203,10 @@ def explain(
                 raise InvalidCallError("explain takes a device or a parallel_config, not both.")
             return explain_parallel(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
-                request_for(backend), parallel,
+                wanted, parallel,
             )  # fmt: skip
     call = _canonical(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
-    request = request_for(backend).for_lengths(call.query.shape[1], call.key.shape[1])
-    return decide(call, request, device, origin_of(backend))
+    return decide(call, wanted.for_lengths(call.query.shape[1], call.key.shape[1]), device, origin)
 
 
 def request_for(backend: Any) -> Request:

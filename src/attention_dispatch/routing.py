@@ -8,12 +8,16 @@ from typing import Any
 
 import torch.nn as nn
 
+from .errors import InvalidCallError
 from .interception import intercept_everywhere
-from .request import ROLES, Request
+from .origin import Origin
+from .request import ROLES, Request, current, parsed
 from .scopes import Choice, choice_of, has_scope, remove_scope, set_scope, setting_of, use_nested_tensors
 from .sites import Site
+from .steps import Schedule, no_step
 
 _MISSING = "<missing>"
+# On the object that carries the attribute: (its value before, the name of the module).
 _SAVED = "_attention_backend_before"
 
 
@@ -22,6 +26,29 @@ def setting(site: Site) -> Any:
     if has_scope(site.module):
         return choice_of(site.module)
     return vars(site.holder).get("_attention_backend") if site.kind == "attribute" else None
+
+
+def request_in(module: nn.Module) -> tuple[Request, Origin] | None:
+    """What counts for attention calls in a module's forward and who set it; None where the module has no setting.
+
+    Raises:
+        InvalidCallError: the module has no request at the present denoising step.
+    """
+    scope = setting_of(module)
+    if scope is not None:
+        choice, name = scope
+        if isinstance(choice, Schedule):
+            request = None if current.step is None else choice.at(current.step)
+            if request is None:
+                raise InvalidCallError(no_step(str(choice)))
+            choice = request
+        return None if choice is None else (choice, Origin("model", name))
+    for holder in (getattr(module, "processor", None), module):
+        wanted = getattr(holder, "_attention_backend", None)
+        if wanted is not None and not callable(wanted):
+            _before, name = vars(holder).get(_SAVED, ("", type(module).__name__))
+            return parsed(wanted), Origin("model", name)
+    return None
 
 
 def apply(parts: Sequence[nn.Module], assignment: Sequence[tuple[Site, Choice]], sites: Sequence[Site]) -> None:
@@ -61,8 +88,8 @@ def _set(site: Site, choice: Choice) -> None:
     fixed = isinstance(choice, Request) and choice.mode != ROLES
     if site.kind == "attribute":
         holder = vars(site.holder)
-        if _SAVED not in holder:
-            holder[_SAVED] = holder.get("_attention_backend", _MISSING)
+        before, _name = holder.get(_SAVED) or (holder.get("_attention_backend", _MISSING), "")
+        holder[_SAVED] = (before, site.name)
         holder["_attention_backend"] = _spelled(choice) if fixed else None
         if fixed:
             remove_scope(site.module)
@@ -90,7 +117,7 @@ def restore(site: Site) -> None:
     """Undo what :func:`apply` did to a site."""
     holder = vars(site.holder)
     if _SAVED in holder:
-        before = holder.pop(_SAVED)
+        before, _name = holder.pop(_SAVED)
         holder.pop("_attention_backend", None)
         if before != _MISSING:
             holder["_attention_backend"] = before

@@ -7,9 +7,11 @@ import torch
 import torch.nn as nn
 
 import attention_dispatch as ad
+from attention_dispatch import policies
+from attention_dispatch.errors import InvalidCallError
 from attention_dispatch.request import forget_environment
 
-from .blocks import DIM, ExtraTail
+from .blocks import DIM, CrossModel, ExtraTail
 
 Q = torch.empty(1, 4, 2, 8)
 
@@ -88,3 +90,47 @@ def test_a_module_left_out_inside_a_routed_one_is_not_its_setting():
     assert seen[0].origin == ("model", "") and "set on the model itself" in words(seen[0])
     assert seen[1].where == "default"
     ad.reset_attention_backend(model)
+
+
+def test_a_call_as_if_a_module_made_it():
+    model = CrossModel(1)
+    policy = policies.steps({"0:1": "reference", "1:": policies.roles(self="native", cross="flex")}, total=2)
+    ad.set_attention_backend(model, policy)
+    mixer = model.blocks[0].mixer
+    with pytest.raises(InvalidCallError, match="at_step"):
+        ad.explain(Q, Q, Q, module=mixer)
+    with ad.attention_backend("native"):
+        with policies.at_step(0):
+            decision = ad.explain(Q, Q, Q, module=mixer)
+            assert decision.backend == "reference" and decision.origin == ("model", "blocks.0.mixer")
+            assert ad.explain(Q, Q, Q, module=mixer, backend="flex").origin.where == "call"
+        with policies.at_step(1):
+            assert ad.explain(Q, Q[:, :3], Q[:, :3], module=mixer).request == "'flex'"
+        ad.reset_attention_backend(model)
+        assert ad.explain(Q, Q, Q, module=mixer).origin.where == "scope"
+
+
+def test_a_module_that_hands_its_setting_over_with_the_call():
+    class Processor:
+        _attention_backend = "reference"
+
+        def __call__(self, x):
+            return ad.dispatch_attention_fn(x, x, x, backend=self._attention_backend)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.processor = Processor()
+
+        def forward(self, x):
+            return self.processor(x)
+
+    model = nn.Sequential(Attention(), Attention())
+    assert ad.explain(Q, Q, Q, module=model[1]).origin == ("model", "Attention")
+    for name in ("native", "flex"):
+        ad.set_attention_backend(model, name)
+        decision = ad.explain(Q, Q, Q, module=model[1])
+        assert (decision.backend, decision.origin) == (name, ("model", "1"))
+    ad.reset_attention_backend(model)
+    assert ad.explain(Q, Q, Q, module=model[1]).backend == "reference"
+    assert not vars(model[1].processor)
