@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -264,7 +265,7 @@ class _Config:
         vars(self).update(fields)
 
 
-def compiled_ulysses(world: int) -> dict[str, Any]:
+def compiled_ulysses(world: int, compiler: str) -> dict[str, Any]:
     """Ulysses under torch.compile without graph breaks, forward and gradients."""
     parallel = ContextParallel(ulysses=world)
     whole = tensors(24, 4, 4)
@@ -273,13 +274,34 @@ def compiled_ulysses(world: int) -> dict[str, Any]:
         return dispatch_attention_fn(q, k, v, is_causal=True, backend="native", parallel_config=parallel) * 2
 
     leaves = [shard(tensor, parallel).requires_grad_() for tensor in whole]
-    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(*leaves)
+    torch._dynamo.reset()
+    out = torch.compile(layer, fullgraph=True, backend=compiler)(*leaves)
     exact = [tensor.double().requires_grad_() for tensor in whole]
     want, _ = attention(*exact, is_causal=True)
     wanted = torch.autograd.grad((want * 2).square().sum(), exact)
     gradients = torch.autograd.grad(out.square().sum(), leaves)
     return {"out": relative_error(out.detach(), shard(want.detach() * 2, parallel)),
             "grad": max(relative_error(g, shard(w, parallel)) for g, w in zip(gradients, wanted))}
+
+
+def compiled_model(world: int) -> dict[str, float]:
+    """Modules that got the setting in each way, compiled without graph breaks; an exact multiple of ranks of tokens."""
+    hidden = torch.randn(2, 14, 16, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for style in ("carrier", "plain", "sdpa"):
+        torch._dynamo.reset()
+        alone, model = Attention(style), Attention(style)
+        parallel = context_parallel(model, ulysses=world)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(shard(hidden, parallel))
+        found[style] = relative_error(compiled.detach(), shard(alone(hidden).detach().double(), parallel))
+    return found
+
+
+def refused_in_graph(ring: ContextParallel) -> str:
+    """What a ring raises while it is traced."""
+    local = [shard(tensor, ring) for tensor in tensors(24)]
+    return outcome(lambda: torch.compile(
+        lambda q, k, v: dispatch_attention_fn(q, k, v, parallel_config=ring), fullgraph=True, backend="eager")(*local))
 
 
 def sent_by(call) -> int:
@@ -336,7 +358,10 @@ def two_ranks(rank: int) -> dict[str, Any]:
         "routed model of torch": lambda: whole_model(2, "sdpa", "reference"),
         "foreign": lambda: foreign_config(rank, 2),
         "explained": lambda: explained(ring, ulysses),
-        "compiled": lambda: compiled_ulysses(2),
+        "compiled": lambda: compiled_ulysses(2, "aot_eager"),
+        **({"compiled by Inductor": lambda: compiled_ulysses(2, "inductor")} if shutil.which("g++") else {}),
+        "compiled models": lambda: compiled_model(2),
+        "compiled ring": lambda: refused_in_graph(ring),
         "resident": lambda: resident_keys(rank, 2),
         "failures": lambda: failures(rank, 2),
         "refusals": lambda: refusals(rank),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from .worlds import run_world
@@ -10,6 +12,7 @@ JOBS = {2: "tests.distributed.scenes:two_ranks", 3: "tests.distributed.scenes:th
 EXACT = [(2, name) for name in ("ring backends", "ulysses backends", "ulysses native", "ring windows",
                                 "ring windows as masks", "ulysses windows", "agreed once", "model",
                                 "model without the attribute", "model of torch", "routed model of torch", "compiled",
+                                "compiled models",
                                 "few tokens")]
 EXACT += [(3, name) for name in ("ring windows", "uneven heads", "fewer heads than ranks", "fewer tokens than ranks",
                                  "gather")]
@@ -41,6 +44,13 @@ def test_equals_one_process(results, world, scene):
     for rank, found in enumerate(results[world]):
         assert isinstance(found[scene], dict), f"rank {rank}: {found[scene]}"
         assert max(found[scene].values()) < 1e-5, f"rank {rank}: {found[scene]}"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_ulysses(results):
+    for found in results[2]:
+        assert isinstance(found["compiled by Inductor"], dict), found["compiled by Inductor"]
+        assert max(found["compiled by Inductor"].values()) < 1e-5
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -124,3 +134,8 @@ def test_explain_says_why_not(results):
         assert nothing["backend"] is None and nothing["offers"] == [[], []]
         [sage] = [verdict for verdict in nothing["verdicts"] if verdict["backend"] == "sage"]
         assert sage["reasons"] and all(reason["fix"] for reason in sage["reasons"])
+
+
+def test_a_ring_inside_a_graph_is_refused(results):
+    for found in results[2]:
+        assert "use ulysses=N, ring=1, or call the attention outside the compiled region" in found["compiled ring"]
