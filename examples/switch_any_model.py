@@ -46,8 +46,9 @@ def main() -> None:
         print(f"the same, compiled:             {(compiled(x) - before).abs().max():.1e}\n")
 
         q = torch.randn(2, 50, 4, 16)
-        print(ad.explain(q, q, q, backend=["flash", "_native_flash", "reference"]).call)
-        for reason in ad.explain(q, q, q, backend=["flash", "_native_flash"]).why_not("flash"):
+        decision = ad.explain(q, q, q, module=model.own)
+        print(f"{decision.call}\nruns on {decision.backend}; asked for: {decision.request}, {decision.origin}")
+        for reason in decision.why_not("flash"):
             print(f"not flash: {reason.what} -> {reason.fix}")
 
         ad.reset_attention_backend(model)
