@@ -24,6 +24,7 @@ class Order(NamedTuple):
         measured: the dated measurement, or :data:`UNTESTED`.
         plain: names that come first for calls without a mask, window, softcap or gradients.
         padded: names that come first for key-padding masks without gradients.
+        first_from: smallest number of scores per head (q times k) at which ``plain`` and ``padded`` count.
         quantised: 8-bit names in order.
         quantised_from: smallest length of both q and k at which these come before ``exact``.
     """
@@ -32,6 +33,7 @@ class Order(NamedTuple):
     measured: str
     plain: tuple[str, ...] = ()
     padded: tuple[str, ...] = ()
+    first_from: int = 0
     quantised: tuple[str, ...] = ()
     quantised_from: int = 0
 
@@ -48,15 +50,18 @@ def _cuda(*quantised: str) -> Order:
 ORDERS: dict[str, Order] = {
     "sm_90": Order(
         (*_CUDA, *_LAST),
-        "H100 80GB HBM3, torch 2.11.0+cu130, 2026-11-23 and 2026-11-25, bfloat16, 24 heads, TFLOP/s: at 1x16384 head_dim "
-        "128 FlashAttention-3 684, cuDNN 625-643, triton_flash 526, flex 477, aten flash 358, efficient 166; causal 649, "
-        "585; head_dim 64 528, 474; with key padding at 4250 triton_flash 433, cuDNN 267; 8-bit at 16384 triton_sage 812, "
-        "sage 754; at 1024 triton_sage 32, cuDNN 189; forward and backward at 4096 cuDNN 576, triton_flash 400",
-        # FlashAttention-3 was at worst 0.7 % behind cuDNN (2x4096, head_dim 128), which is within the noise.
+        "H100 80GB HBM3, torch 2.11.0+cu130, 2026-11-25, bfloat16, 24 heads, TFLOP/s: at 1x16384 head_dim 128 "
+        "FlashAttention-3 690, cuDNN 602, triton_flash 585, aten flash 337, efficient 180; causal 751, 604, 664; head_dim "
+        "64 575, 474, 442; at 1x1024 cuDNN 360, FlashAttention-3 274, triton_flash 211; with key padding at 4250 "
+        "triton_flash 433, cuDNN 268; 8-bit at 16384 triton_sage 820, sage 765; at 1024 triton_sage 74; forward and "
+        "backward at 4096 cuDNN 577, triton_flash 426",
         plain=("_flash_3",),
         padded=("triton_flash",),
+        # At 1x1024 and 1x2048 the host decides: FlashAttention-3 235 and 622 against cuDNN's 365 and 591, with head_dim 64
+        # 63 and 245 against 139 and 415. From 1x4096 and 32768x512 on it was faster wherever it was measured.
+        first_from=4096 * 4096,
         quantised=("triton_sage", "_sage_qk_int8_pv_fp8_cuda_sm90", "triton_sage_fp16", "sage"),
-        # At 2x4096 the two were equal (667 and 668), at 16384 the 8-bit kernel was 1.3 times as fast.
+        # At 1x4096 FlashAttention-3 was faster (713 and 689), at 1x8192 the 8-bit kernel (746 and 780).
         quantised_from=8192,
     ),
     "sm_80": _cuda("_sage_qk_int8_pv_fp16_cuda"),
@@ -78,12 +83,12 @@ ORDERS: dict[str, Order] = {
 }
 _FALLBACK = Order(("native", *_LAST), UNTESTED)
 
-# TFLOP/s, same machine and dates as the sm_90 order, for 1 x 16384 x 24 heads, by (head_dim, causal).
+# TFLOP/s for 1 x 16384 x 24 heads, by (head_dim, causal): the run of the sm_90 order; flex and flash_4 of 2026-11-23.
 RATES: dict[str, dict[tuple[int, bool], dict[str, float]]] = {
     "sm_90": {
-        (128, False): {"_native_cudnn": 634, "native": 634, "_native_flash": 358, "_native_efficient": 166, "flex": 477, "_flash_3": 684, "flash_4": 712, "triton_flash": 526, "triton_sage": 812, "triton_sage_fp16": 602, "sage": 745, "_sage_qk_int8_pv_fp8_cuda_sm90": 745},
-        (64, False): {"_native_cudnn": 476, "native": 476, "_native_flash": 312, "_native_efficient": 129, "flex": 401, "_flash_3": 528, "flash_4": 555, "triton_flash": 483, "triton_sage": 543, "triton_sage_fp16": 448, "sage": 505, "_sage_qk_int8_pv_fp8_cuda_sm90": 505},
-        (128, True): {"_native_cudnn": 585, "native": 585, "_native_flash": 336, "_native_efficient": 173, "flex": 412, "_flash_3": 649, "flash_4": 622, "triton_flash": 520, "triton_sage": 776, "triton_sage_fp16": 568, "sage": 622, "_sage_qk_int8_pv_fp8_cuda_sm90": 622},
+        (128, False): {"_native_cudnn": 602, "native": 602, "_native_flash": 337, "_native_efficient": 180, "flex": 477, "_flash_3": 690, "flash_4": 712, "triton_flash": 585, "triton_sage": 820, "triton_sage_fp16": 612, "sage": 765, "_sage_qk_int8_pv_fp8_cuda_sm90": 765},
+        (64, False): {"_native_cudnn": 474, "native": 474, "_native_flash": 301, "_native_efficient": 134, "flex": 401, "_flash_3": 575, "flash_4": 555, "triton_flash": 442, "triton_sage": 545, "triton_sage_fp16": 456, "sage": 504, "_sage_qk_int8_pv_fp8_cuda_sm90": 504},
+        (128, True): {"_native_cudnn": 604, "native": 604, "_native_flash": 321, "_native_efficient": 172, "flex": 412, "_flash_3": 751, "flash_4": 622, "triton_flash": 664, "triton_sage": 736, "triton_sage_fp16": 542, "sage": 635, "_sage_qk_int8_pv_fp8_cuda_sm90": 635},
     }
 }  # fmt: skip
 
@@ -116,7 +121,8 @@ def static_order(spec: CallSpec, quantised: bool = False, lengths: Extent | None
     """The order for a platform before anything was measured on this machine."""
     found = ORDERS.get(platform(spec), _FALLBACK)
     first: tuple[str, ...] = ()
-    if not spec.grad:
+    # Lengths are unknown while a graph is traced, and what is compiled is large.
+    if not spec.grad and (lengths is None or lengths.q_len * lengths.k_len >= found.first_from):
         if spec.mask == "key_padding":
             first = found.padded
         elif spec.mask == "none" and not (spec.window or spec.softcap):
@@ -151,7 +157,9 @@ def bucket(lengths: Extent | None) -> object:
         store.rounded(lengths.k_len),
         lengths.contiguous,
         min(lengths.q_len, lengths.k_len) >= _LONG,
+        lengths.q_len * lengths.k_len >= _LARGE,
     )
 
 
 _LONG = max(order.quantised_from for order in ORDERS.values())
+_LARGE = max(order.first_from for order in ORDERS.values())
