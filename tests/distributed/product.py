@@ -35,11 +35,17 @@ class Case(NamedTuple):
 
 
 def cases(world: int) -> list[Case]:
-    """All cases of a world. Square uneven lengths take both layouts; cross-attention is contiguous."""
+    """All cases of a world. Square uneven lengths take both layouts; cross-attention is contiguous.
+
+    Of the pure schemes over four ranks only every third, to save time; three ranks had them all.
+    """
     shapes = [((24, 24), "contiguous"), ((13, 13), "contiguous"), ((13, 13), "head_tail"), ((13, 22), "contiguous")]
-    return [Case(ring, ulysses, mask, causal, kv_heads, tokens, layout)
-            for (ring, ulysses), mask, causal, kv_heads, (tokens, layout)
-            in itertools.product(SCHEMES[world], MASKS, (False, True), (6, 2), shapes)]
+    found = []
+    for ring, ulysses in SCHEMES[world]:
+        some = [Case(ring, ulysses, mask, causal, kv_heads, tokens, layout) for mask, causal, kv_heads, (tokens, layout)
+                in itertools.product(MASKS, (False, True), (6, 2), shapes)]
+        found += some[::3] if max(ring, ulysses) == 4 else some
+    return found
 
 
 def make_mask(kind: str, tokens: tuple[int, int], generator: torch.Generator) -> torch.Tensor | None:
