@@ -232,40 +232,45 @@ def architecture(device_type: str, index: int | None) -> str:
     return found
 
 
+_MASK_WORDS = {"key_padding": "key-padding mask", "bool": "bool mask", "bias": "additive mask", "block": "BlockMask"}
+
+
 def describe(call: AttentionCall, spec: CallSpec) -> str:
     """One line for people: shapes, dtype, device and everything out of the ordinary."""
     query, key, value = call.query, call.key, call.value
     same = query.shape == key.shape == value.shape
     others = "k/v the same" if same else f"k {tuple(key.shape)}, v {tuple(value.shape)}"
-    text = f"q {tuple(query.shape)} {str(query.dtype).removeprefix('torch.')} on {spec.device}"
-    if spec.architecture:
-        text += f" {spec.architecture}"
-    extras = []
-    if spec.mask != "none":
-        extras.append(
-            {"key_padding": "key-padding mask", "bool": "bool mask", "bias": "additive mask", "block": "BlockMask"}[
-                spec.mask
-            ]
-        )
-    if call.is_causal:
-        extras.append("causal")
-    if spec.window:
-        extras.append(f"window_size={call.window_size}")
-    if call.softcap:
-        extras.append(f"softcap={call.softcap:g}")
-    if call.dropout_p:
-        extras.append(f"dropout_p={call.dropout_p:g}")
-    extras += [
-        word
-        for word, on in (
-            ("gradients needed", spec.grad),
-            ("return_lse", spec.lse),
-            ("deterministic", spec.deterministic),
-        )
-        if on
-    ]
+    extras = _extras(
+        spec, f"window_size={call.window_size}", f"softcap={call.softcap:g}", f"dropout_p={call.dropout_p:g}"
+    )
     extras += [f"{name}={value!r}" for name, value in call.options.items()]
-    return "; ".join([f"{text}, {others}", *extras])
+    return "; ".join([f"q {tuple(query.shape)} {_kind(spec)}, {others}", *extras])
+
+
+def describe_kind(spec: CallSpec) -> str:
+    """The same of a call that is traced, whose lengths are not known."""
+    same = spec.heads == spec.kv_heads and spec.head_dim == spec.head_dim_v and spec.lengths == "equal"
+    others = "k/v the same" if same else f"k (B, K, {spec.kv_heads}, {spec.head_dim}), v (.., {spec.head_dim_v})"
+    extras = [*_extras(spec, "window_size", "softcap", "dropout"), *spec.options]
+    return "; ".join([f"q (B, S, {spec.heads}, {spec.head_dim}) {_kind(spec)}, {others}", *extras])
+
+
+def _kind(spec: CallSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} on {spec.device} {spec.architecture}".rstrip()
+
+
+def _extras(spec: CallSpec, window: str, softcap: str, dropout: str) -> list[str]:
+    words = (
+        (_MASK_WORDS.get(spec.mask, ""), spec.mask != "none"),
+        ("causal", spec.is_causal),
+        (window, spec.window),
+        (softcap, spec.softcap),
+        (dropout, spec.dropout),
+        ("gradients needed", spec.grad),
+        ("return_lse", spec.lse),
+        ("deterministic", spec.deterministic),
+    )
+    return [word for word, on in words if on]
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -7,7 +7,7 @@ import warnings
 from typing import NamedTuple
 
 from . import preference, registry, self_test
-from .call import AttentionCall, CallSpec, describe
+from .call import AttentionCall, CallSpec, describe, describe_kind
 from .capabilities import reasons_against
 from .errors import BackendRejectedError, NoBackendError, Reason, none_left_message, rejected_message
 from .registry import Backend
@@ -119,7 +119,7 @@ def _resolve(request: Request, spec: CallSpec, call: AttentionCall | None, lengt
         return Plan(backend, tuple(verdicts), adapters)
     if costly is not None:
         return Plan(costly[0], tuple(verdicts), costly[1])
-    raise _refusal(request, spec, str(spec) if call is None else describe(call, spec), verdicts)
+    raise _refusal(request, spec, describe_kind(spec) if call is None else describe(call, spec), verdicts)
 
 
 def _refusal(request: Request, spec: CallSpec, text: str, verdicts: list[Verdict]) -> Exception:

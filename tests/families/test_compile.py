@@ -171,6 +171,7 @@ def test_a_refusal_in_a_graph_is_the_refusal_of_an_eager_call(fullgraph, require
         with pytest.raises(BackendRejectedError, match="backend 'flash' cannot run this call") as caught:
             compiled(*call)
         assert caught.value.codes == ("mask",)
+        assert "bool mask" in str(caught.value) and "CallSpec" not in str(caught.value)
 
 
 def test_an_unavailable_backend_in_a_graph_says_what_to_install(registered):
