@@ -462,6 +462,16 @@ def test_2C_a_first_call_under_inference_mode_does_not_poison_training(name):
     assert all(bool(leaf.grad.isfinite().all()) for leaf in leaves)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_parameters_are_no_reason_for_gradients_where_none_are_recorded(name, mode):
+    query, key, value = (torch.nn.Parameter(tensor) for tensor in tensors())
+    with mode():
+        out = dispatch_attention_fn(query, key, value, scattered(), is_causal=True, backend=name)
+    assert not out.requires_grad
+    assert_close(out, truth(query, key, value, keep=scattered()[:, None, None], is_causal=True)[0])
+
+
 @pytest.mark.parametrize("request_", ["flex", ["flex", "reference"]], ids=["demand", "permission"])
 def test_derivatives_in_forward_mode_are_needed_gradients_too(request_):
     """No tensor requires a gradient then; a kernel that is forward-only would drop the tangent."""

@@ -253,10 +253,14 @@ def _run_compiled(call: AttentionCall, arguments: tuple[Any, ...]) -> Any:
 
 
 def _flex(call: AttentionCall) -> AttentionOutput:
+    query, key, value = call.query, call.key, call.value
+    if query.device.type == "cpu":
+        # FlexAttention refuses there what requires a gradient, though nobody asks for one under no_grad.
+        query, key, value = query.detach(), key.detach(), value.detach()
     arguments = (
-        call.query.transpose(1, 2),
-        call.key.transpose(1, 2),
-        call.value.transpose(1, 2),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
         _score_mod(call),
         _block_mask(call),
         call.scale,
