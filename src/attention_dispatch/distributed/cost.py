@@ -131,11 +131,12 @@ def plan_parallelism(
         most_heads = _most_heads(heads, kv_heads, ulysses)
         compute = one_gpu_s / ring * most_heads / heads
         local = seq_len / size
-        # All-to-all: a rank keeps 1/ulysses of its tokens' heads and sends the rest; keys that are shared are copied.
+        # Two exchanges, of q with k and v and of out: a rank keeps 1/ulysses of its tokens' heads and sends the rest; keys
+        # that are shared are copied.
         copies = max(1.0, ulysses / kv_heads)
         leaves = (ulysses - 1) / ulysses * local * token * (2 * heads + 2 * kv_heads * copies)
         a2a_link = near if ulysses <= gpus_per_host else far
-        ulysses_s = 4 * a2a_link.latency_s + leaves / a2a_link.bytes_per_s if ulysses > 1 else 0.0
+        ulysses_s = 2 * a2a_link.latency_s + leaves / a2a_link.bytes_per_s if ulysses > 1 else 0.0
         # Ring: every step passes on the keys and values of a ring position, whose heads this rank has.
         step_bytes = 2 * local * ulysses * token * max(1.0, kv_heads / ulysses)
         ring_link = near if size <= gpus_per_host else far
@@ -153,7 +154,7 @@ def plan_parallelism(
             ulysses_s,
             exposed,
             int(leaves + (ring - 1) * step_bytes),
-            (ring - 1) + (4 if ulysses > 1 else 0),
+            (ring - 1) + (2 if ulysses > 1 else 0),
             int(shard + gathered + visiting),
             most_heads,
         )
