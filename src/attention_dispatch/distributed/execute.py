@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,29 +13,12 @@ from .merge import RunningAttention, accumulation_dtype
 from .pair import AttentionPair, BlockCall
 from .plan import Plan, Step
 from .positions import count
-from .ring import GradientRotation, KeyValueRotation, empty_gradients
+from .ring import GradientRotation, empty_gradients
 from .sharded_mask import ShardedMask, restrict
+from .visits import Visit, visits
 
 # Message tags of what is under way between two ranks at once; the ring's are its own.
 _QUERY_TAG, _KEY_TAG, _VALUE_TAG, _OUT_TAG, _LSE_TAG = range(11, 16)
-
-
-class Visit(NamedTuple):
-    """One step of one chunk of heads: the chunk's own tensors and the keys and values that are here now.
-
-    Attributes:
-        chunk: index of the chunk.
-        own: tensors of the chunk; the first three are query, key, value of this ring position.
-        key, value: of ring position ``source``.
-        is_last: no more keys will come for this chunk.
-    """
-
-    chunk: int
-    own: tuple[Tensor, ...]
-    key: Tensor
-    value: Tensor
-    source: int
-    is_last: bool
 
 
 class Execution:
@@ -83,7 +65,7 @@ class Execution:
             return (plan.q_exchange.in_global_order(found), *map(plan.kv_exchange.in_global_order, held))
 
         running = None
-        for visit in self._visits(depart, arrive):
+        for visit in visits(plan.ring, len(plan.chunks), depart, arrive):
             if running is None:
                 running = RunningAttention(self._rows, self._place(visit.chunk, out, lse))
             steps = plan.steps[visit.source]
@@ -134,7 +116,7 @@ class Execution:
 
         d_query = row_lse = None
         rotation = GradientRotation(plan.ring)
-        for visit in self._visits(depart, arrive):
+        for visit in visits(plan.ring, len(plan.chunks), depart, arrive):
             dtype = accumulation_dtype(visit.key.dtype)
             if d_query is None:
                 d_query = torch.zeros_like(visit.own[0], dtype=dtype)
@@ -157,35 +139,6 @@ class Execution:
     def recorded(self, chunk: int) -> tuple[Tensor, ...]:
         """Query, key and value of a chunk of heads whose kernel call was recorded for autograd."""
         return self._inputs[chunk]
-
-    def _visits(
-        self, depart: Callable[[int], Pending], arrive: Callable[[int, Pending], tuple[Tensor, ...]]
-    ) -> Iterator[Visit]:
-        """All steps of all chunks; between two of them the caller computes on what it was given.
-
-        What a step needs is posted before the computation of the step before it, across chunks too.
-        """
-        ring, chunks = self._plan.ring, len(self._plan.chunks)
-        own = arrive(0, depart(0))
-        rotation = KeyValueRotation(ring, own[1], own[2])
-        for chunk in range(chunks):
-            following = depart(chunk + 1) if chunk + 1 < chunks else None
-            upcoming = None
-            for step in range(ring.size):
-                if step:
-                    rotation.advance()
-                is_last = step == ring.size - 1
-                if step and is_last and following is not None:
-                    next_own = arrive(chunk + 1, following)
-                    upcoming = KeyValueRotation(ring, next_own[1], next_own[2])
-                held_key, held_value = rotation.held
-                yield Visit(chunk, own, held_key, held_value, rotation.source, is_last)
-            if following is None:
-                return
-            if upcoming is None:
-                next_own = arrive(chunk + 1, following)
-                upcoming = KeyValueRotation(ring, next_own[1], next_own[2])
-            own, rotation = next_own, upcoming
 
     def _depart(self, query: Tensor, key: Tensor, value: Tensor, chunk: int) -> Pending:
         """Start exchanging the tokens of one chunk of heads."""
