@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from .errors import InvalidCallError
 from .interception import intercept, release
-from .request import ROLES, Request, current
+from .request import ROLES, Request, current, of_all_threads
 from .steps import Schedule, enlist, no_step
 
 _SCOPE = "_attention_dispatch_scope"
@@ -53,15 +53,15 @@ class _OwnForward:
 
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
+        # Looked up here: torch.compile cannot look it up on classes that a library allows in its graphs.
+        self.function: Any = type(module).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module: Any = self.module()
-        return type(module).forward(module, *args, **kwargs)
+        return self.function(self.module(), *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        module: Any = self.module()
-        return inspect.signature(types.MethodType(type(module).forward, module))
+        return inspect.signature(types.MethodType(self.function, self.module()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _OwnForward:
         module: Any = self.module()
@@ -114,7 +114,22 @@ def remove_scope(module: nn.Module) -> None:
             handle.remove()
         if isinstance(vars(module).get("forward"), _OwnForward):
             del vars(module)["forward"]
+        _end(scope)
         release(scope)
+
+
+def _end(scope: Scope) -> None:
+    """Take a scope off every thread that runs its module's forward just now: the hook that would do so is gone."""
+    for state in of_all_threads():
+        stack = state.stack
+        for index in reversed(range(len(stack))):
+            if stack[index][0] is scope:
+                outer = stack.pop(index)[1]
+                if index < len(stack):
+                    stack[index] = (stack[index][0], outer)
+                else:
+                    state.model = outer
+                    state.refresh()
 
 
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> None:
