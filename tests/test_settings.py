@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from attention_dispatch import (
     list_backends,
     register_backend,
     reset_attention_backend,
+    scopes,
     set_attention_backend,
 )
 from attention_dispatch.registry import Backend, get, unregister_backend
-from attention_dispatch.request import current
+from attention_dispatch.request import current, parse
 
 X = torch.randn(1, 6, 2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -112,6 +114,62 @@ def test_an_exception_in_a_routed_forward_restores(marked):
     assert (current.model, current.stack) == (None, [])
     assert factor(dispatch) == 1
     reset_attention_backend(model)
+
+
+class Calling(torch.nn.Module):
+    """Calls something in the middle of its forward."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.inner = call, Plain()
+
+    def forward(self, x):
+        F.scaled_dot_product_attention(x, x, x)
+        self.call()
+        return self.inner(x)
+
+
+def test_a_reset_while_the_forward_runs_leaves_nothing_behind(marked):
+    model = Calling(lambda: reset_attention_backend(model))
+    set_attention_backend(model, "twice")
+    set_attention_backend(model, "thrice", include="inner")
+    assert factor(model) == 1
+    assert (current.model, current.stack, current.effective) == (None, [], None)
+    assert factor(dispatch) == 1
+
+
+def test_a_reset_of_an_outer_module_keeps_the_setting_of_the_one_inside(marked):
+    inner = Calling(lambda: reset_scope_of(outer))
+    outer = torch.nn.Sequential(inner)
+    outer.forward = lambda x: F.scaled_dot_product_attention(x, x, x) * 0 + inner(x)
+
+    def reset_scope_of(module):
+        scopes.remove_scope(module)
+
+    scopes.set_scope(outer, parse("twice"))
+    scopes.set_scope(inner, parse("thrice"))
+    assert factor(outer) == 3
+    assert (current.model, current.stack) == (None, [])
+    scopes.remove_scope(inner)
+
+
+def test_a_reset_by_another_thread_while_the_forward_runs(marked):
+    running, reset = threading.Event(), threading.Event()
+    model = Calling(lambda: (running.set(), reset.wait(20)))
+    set_attention_backend(model, "twice")
+    found = {}
+
+    def work():
+        found["forward"] = factor(model)
+        found["left"] = (current.model, list(current.stack), factor(dispatch))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert running.wait(20)
+    reset_attention_backend(model)
+    reset.set()
+    thread.join(20)
+    assert found == {"forward": 1, "left": (None, [], 1)}
 
 
 def test_the_nearest_setting_counts(marked, monkeypatch):

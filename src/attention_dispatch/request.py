@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
@@ -157,6 +158,8 @@ class _ThreadSettings(threading.local):
     def __init__(self) -> None:
         self.state = Settings()
         self.fields = self.state.fields
+        with _threads_lock:
+            _threads.add(self.state)
 
     model, stack, scope, scopes = (_of_thread(name) for name in ("model", "stack", "scope", "scopes"))
     step, steps, scheduled = (_of_thread(name) for name in ("step", "steps", "scheduled"))
@@ -165,6 +168,16 @@ class _ThreadSettings(threading.local):
     def refresh(self) -> None:
         """See :meth:`Settings.refresh`."""
         self.state.refresh()
+
+
+_threads: weakref.WeakSet[Settings] = weakref.WeakSet()
+_threads_lock = threading.Lock()
+
+
+def of_all_threads() -> list[Settings]:
+    """The settings of every thread that has made a call and still runs."""
+    with _threads_lock:
+        return list(_threads)
 
 
 current = _ThreadSettings()
