@@ -25,7 +25,7 @@ from attention_dispatch import (
     set_attention_backend,
 )
 from attention_dispatch.registry import Backend, get, unregister_backend
-from attention_dispatch.request import current, parse
+from attention_dispatch.request import current, forget_environment, parse
 
 X = torch.randn(1, 6, 2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -114,6 +114,15 @@ def test_an_exception_in_a_routed_forward_restores(marked):
     assert (current.model, current.stack) == (None, [])
     assert factor(dispatch) == 1
     reset_attention_backend(model)
+
+
+def test_an_environment_that_names_nothing_is_an_error_not_a_crash(monkeypatch):
+    dispatch(X)
+    dispatch(X)
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", " , ")
+    forget_environment()
+    with pytest.raises(InvalidCallError, match="DIFFUSERS_ATTN_BACKEND=' , ' names no backend"):
+        dispatch(X)
 
 
 class Calling(torch.nn.Module):

@@ -206,6 +206,8 @@ def forget_environment() -> None:
     """Read the environment variables again at the next call."""
     global _environment
     _environment = None
+    for notify in settings._on_change:
+        notify()
 
 
 def leave(entered: list[Any], index: int) -> Any:

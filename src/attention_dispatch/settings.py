@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from .errors import InvalidCallError
+
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"", "0", "false", "no", "off"}
 _BACKEND_VARIABLES = ("ATTENTION_DISPATCH_BACKEND", "DIFFUSERS_ATTN_BACKEND")
@@ -32,11 +34,17 @@ def _read(*names: str) -> str | None:
 
 
 def default_backend() -> str | list[str] | None:
-    """The request in the environment, not yet validated; None when there is none."""
+    """The request in the environment, its names not yet validated; None when there is none.
+
+    Raises:
+        InvalidCallError: the variable holds nothing but commas.
+    """
     value = _read(*_BACKEND_VARIABLES)
     if value is None:
         return None
     names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names:
+        raise InvalidCallError(f"{default_backend_variable()}={value!r} names no backend. Unset it, or use 'native'.")
     return names if len(names) > 1 else names[0]
 
 
