@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
 from attention_dispatch import (
+    AttentionDispatchError,
     Backend,
     BackendUnavailableError,
     InvalidCallError,
@@ -20,6 +22,7 @@ from attention_dispatch import (
     register_backend,
     registry,
 )
+from attention_dispatch.call import AttentionOutput
 from attention_dispatch.cli.main import main
 
 X = torch.randn(1, 6, 2, 8, generator=torch.Generator().manual_seed(0))
@@ -122,3 +125,22 @@ def test_what_forward_raises_reaches_the_caller(installed):
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
             dispatch_attention_fn(X, X, X, backend="mine")
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (lambda call: None, "returned NoneType, not AttentionOutput"),
+        (lambda call: NATIVE.forward(call).out, "returned Tensor, not AttentionOutput"),
+        (lambda call: AttentionOutput(call.query[:, :3]), r"returned out \(1, 3, 2, 8\)"),
+        (lambda call: AttentionOutput(call.query.double()), r"returned out \(1, 6, 2, 8\) torch.float64"),
+        (lambda call: AttentionOutput(call.query, call.query[..., 0]), r"and lse \(1, 6, 2\) torch.float32, the call asks"),
+    ],
+    ids=["nothing", "a tensor", "another length", "another dtype", "an LSE of another layout"],
+)
+def test_a_result_of_another_form_is_an_error(installed, forward, found):
+    capabilities = tuple(replace(row, lse=True) for row in NATIVE.capabilities)
+    installed(mine=own(forward=forward, capabilities=capabilities))
+    for _ in range(2):
+        with pytest.raises(AttentionDispatchError, match=found):
+            dispatch_attention_fn(X, X, X, backend="mine", attention_kwargs={"return_lse": True})

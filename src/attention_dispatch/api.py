@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import refusal, registry, settings
 from .bound import Run, short_way
-from .call import STANDARD_KWARGS, AttentionCall, AttentionOutput, CallSpec, canonicalise, spec_of
+from .call import STANDARD_KWARGS, AttentionCall, AttentionOutput, CallSpec, canonicalise, check_output, spec_of
 from .decision import Decision, decide
 from .errors import AttentionDispatchError, InvalidCallError
 from .masks import runs_now
@@ -269,6 +269,7 @@ def _dispatch(
         began = store.generation()
         plan = plan_for(request, spec, call)
         output = plan.backend.forward(call)
+        check_output(plan.backend.name, call, output)
         if checks == "numerics":
             from .recording import shadow_check
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .errors import InvalidCallError
+from .errors import AttentionDispatchError, InvalidCallError
 from .masks import Mask, check_dense, normalise
 
 FULL_WINDOW = (-1, -1)
@@ -211,6 +211,31 @@ def spec_of(call: AttentionCall) -> CallSpec:
         "equal" if q_len == k_len else ("fewer_queries" if q_len < k_len else "more_queries"),
         tuple(sorted(call.options)) if call.options else (),
     )
+
+
+def check_output(backend: str, call: AttentionCall, output: Any) -> None:
+    """Raise if what a backend returned is not what the contract says.
+
+    Raises:
+        AttentionDispatchError: not an :class:`AttentionOutput`, or one of the wrong shape, dtype or without an LSE that
+            was asked for.
+    """
+    batch, q_len, heads, _ = call.query.shape
+    wanted = f"out {(batch, q_len, heads, call.value.shape[3])} {call.query.dtype}"
+    if call.return_lse:
+        wanted += f" and lse {(batch, heads, q_len)} torch.float32"
+    if not isinstance(output, AttentionOutput):
+        raise AttentionDispatchError(
+            f"backend {backend!r} returned {type(output).__name__}, not AttentionOutput with {wanted}."
+        )
+    out, lse = output
+    right = out.shape == (batch, q_len, heads, call.value.shape[3]) and out.dtype is call.query.dtype
+    if call.return_lse:
+        right = right and lse is not None and lse.shape == (batch, heads, q_len) and lse.dtype is torch.float32
+    if not right:
+        found = f"out {tuple(out.shape)} {out.dtype}"
+        found += "" if lse is None else f" and lse {tuple(lse.shape)} {lse.dtype}"
+        raise AttentionDispatchError(f"backend {backend!r} returned {found}, the call asks for {wanted}.")
 
 
 _architectures: dict[tuple[str, int | None], str] = {}
