@@ -70,11 +70,6 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
-def bhsd(tensor: Tensor) -> Tensor:
-    """BSHD to BHSD and back; a view."""
-    return tensor.transpose(1, 2)
-
-
 def expand_kv(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """k and v with as many heads as q; copies when the head counts differ."""
     groups = call.query.shape[2] // call.key.shape[2]
@@ -158,11 +153,6 @@ def top_left_by_slicing(call: AttentionCall) -> AttentionCall:
     if mask is not None and mask.tensor is not None:
         mask = Mask(mask.kind, mask.tensor[..., :q_len])
     return call.replaced(key=call.key[:, :q_len], value=call.value[:, :q_len], mask=mask)
-
-
-def zero_empty_rows(out: Tensor, lse: Tensor) -> Tensor:
-    """Output 0 where the LSE (B, H, Q) says that a row of ``out`` (B, Q, H, V) saw no key."""
-    return out.masked_fill((lse == float("-inf")).transpose(1, 2)[..., None], 0.0)
 
 
 def rows_without_key(call: AttentionCall) -> Tensor | None:

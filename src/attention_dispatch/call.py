@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .errors import AttentionDispatchError, InvalidCallError
-from .masks import Mask, check_dense, normalise
+from .masks import Mask, normalise
+from .validation import check_numbers, check_shapes, check_tensors, checked_flag, checked_softcap, checked_window
 
 FULL_WINDOW = (-1, -1)
 STANDARD_KWARGS = ("return_lse", "window_size", "softcap", "deterministic")
@@ -143,11 +144,11 @@ def canonicalise(
     Raises:
         InvalidCallError: the caller's mistake, the same for every backend.
     """
-    _check_tensors(query, key, value)
+    check_tensors(query, key, value)
     query, key, value = _apply_autocast(query, key, value)
     batch, q_len, heads, head_dim = query.shape
-    _check_shapes(query, key, value, enable_gqa)
-    _check_numbers(dropout_p, scale)
+    check_shapes(query, key, value, enable_gqa)
+    check_numbers(dropout_p, scale)
     mask = None
     if attn_mask is not None:
         mask = normalise(attn_mask, batch, heads, q_len, key.shape[1], query.device)
@@ -160,7 +161,7 @@ def canonicalise(
         value if value.stride(3) == 1 else value.contiguous(),
         mask,
         float(dropout_p),
-        _checked_flag("is_causal", is_causal),
+        checked_flag("is_causal", is_causal),
         factor,
         index(heads) != index(key.shape[2]),
     )
@@ -298,25 +299,6 @@ def _extras(spec: CallSpec, window: str, softcap: str, dropout: str) -> list[str
     return [word for word, on in words if on]
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise InvalidCallError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-        check_dense(name, tensor)
-        if tensor.ndim != 4:
-            raise InvalidCallError(
-                f"{name} must have 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(tensor.shape)}."
-            )
-        if not tensor.is_floating_point():
-            raise InvalidCallError(
-                f"{name} must be floating point, got {tensor.dtype}. Use {name}.to(torch.bfloat16), for example."
-            )
-    if query.device != key.device or query.device != value.device:
-        raise InvalidCallError(
-            f"query, key and value must be on one device, got {query.device}, {key.device} and {value.device}."
-        )
-
-
 def _apply_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast as ``scaled_dot_product_attention`` does inside an autocast region; then all three must agree."""
     device = query.device.type
@@ -343,55 +325,17 @@ def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    batch, _, heads, head_dim = query.shape
-    if key.shape[0] != batch or value.shape[0] != batch:
-        raise InvalidCallError(
-            f"batch sizes differ: query {batch}, key {key.shape[0]}, value {value.shape[0]}. Use .expand."
-        )
-    if key.shape[1] != value.shape[1]:
-        raise InvalidCallError(f"key and value must have one sequence length, got {key.shape[1]} and {value.shape[1]}.")
-    if key.shape[3] != head_dim:
-        raise InvalidCallError(f"query and key must have one head_dim, got {head_dim} and {key.shape[3]}.")
-    if head_dim == 0:
-        raise InvalidCallError(f"head_dim must be at least 1, got query of shape {tuple(query.shape)}.")
-    if key.shape[2] != value.shape[2]:
-        raise InvalidCallError(f"key and value must have as many heads, got {key.shape[2]} and {value.shape[2]}.")
-    kv_heads = key.shape[2]
-    if heads != kv_heads:
-        if not enable_gqa:
-            raise InvalidCallError(
-                f"query has {heads} heads and key {kv_heads}: pass enable_gqa=True for grouped-query attention. "
-                f"(The layout is (batch, seq, heads, head_dim); are seq and heads swapped?)"
-            )
-        if kv_heads == 0 or heads % kv_heads != 0:
-            raise InvalidCallError(f"query heads ({heads}) must be a multiple of key heads ({kv_heads}).")
-
-
-def _check_numbers(dropout_p: Any, scale: Any) -> None:
-    if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
-        raise InvalidCallError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}.")
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise InvalidCallError(
-                f"scale must be a float or None, got {type(scale).__name__}. Use scale.item() for a tensor."
-            )
-        # Comparisons, not math.isfinite: torch.compile makes floats symbolic with dynamic=True.
-        if not -math.inf < scale < math.inf:
-            raise InvalidCallError(f"scale must be finite, got {scale!r}.")
-
-
 def _apply_kwargs(call: AttentionCall, attention_kwargs: Mapping[str, Any], known_options: frozenset[str]) -> None:
     options = {}
     for name, value in attention_kwargs.items():
         if name == "return_lse":
-            call.return_lse = _checked_flag(name, value)
+            call.return_lse = checked_flag(name, value)
         elif name == "deterministic":
-            call.deterministic = _checked_flag(name, value)
+            call.deterministic = checked_flag(name, value)
         elif name == "softcap":
-            call.softcap = _checked_softcap(value)
+            call.softcap = checked_softcap(value)
         elif name == "window_size":
-            call.window_size = _checked_window(value)
+            call.window_size = FULL_WINDOW if value is None else checked_window(value)
         elif name in known_options:
             options[name] = value
         else:
@@ -399,29 +343,3 @@ def _apply_kwargs(call: AttentionCall, attention_kwargs: Mapping[str, Any], know
             raise InvalidCallError(f"unknown attention_kwargs key {name!r}. Known: {known}.")
     if options:
         call.options = options
-
-
-def _checked_flag(name: str, value: Any) -> bool:
-    if isinstance(value, (str, bytes)):
-        # bool("False") is True.
-        raise InvalidCallError(f"{name} must be True or False, got {value!r}.")
-    return bool(value)
-
-
-def _checked_softcap(value: Any) -> float:
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
-        raise InvalidCallError(f"softcap must be a finite number >= 0, got {value!r}.")
-    return float(value)
-
-
-def _checked_window(value: Any) -> tuple[int, int]:
-    if value is None:
-        return FULL_WINDOW
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise InvalidCallError(f"window_size must be a pair (left, right) of ints, -1 for unbounded, got {value!r}.")
-    left, right = (-1 if side is None else side for side in value)
-    if any(isinstance(side, bool) or not isinstance(side, int) or side < -1 for side in (left, right)):
-        raise InvalidCallError(f"window_size must be a pair (left, right) of ints >= -1, got {value!r}.")
-    return left, right
