@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class Decision:
         backend: name of the backend that runs it; None if it is refused.
         kernel: the kernel that the backend picks, where it chooses between several.
         copies: conversions before the kernel, with their bytes.
-        verdicts: every registered backend, the chosen one first, with its reasons.
+        verdicts: every registered backend with its reasons: the chosen one, those asked for, the others.
         measured: what the order of preference rests on.
         error: text of the error that the call would raise, if any.
         counterfactuals: what would run if the call were different, with measured ratios where there are any.
@@ -103,7 +104,8 @@ class Decision:
         lines.append(f"Backend:  {self.backend}{kernel}" if self.backend else "Backend:  none: the call is refused")
         lines += [f"Copies:   {copy.adapter}: {copy.what}, {copy.bytes:,} bytes" for copy in self.copies]
         lines += [f"Note:     {note}" for note in self.notes]
-        lines.append(f"Order:    {self.measured}")
+        if "auto" in self.request:
+            lines.append(f"Order:    {self.measured}")
         if self.times_us:
             times = sorted(self.times_us.items(), key=lambda item: item[1])
             lines.append(
@@ -112,9 +114,19 @@ class Decision:
         lines += [f"What if:  {counterfactual}" for counterfactual in self.counterfactuals]
         able = [verdict.name for verdict in self.verdicts if verdict.accepted and verdict.name != self.backend]
         lines.append(f"Could:    {', '.join(able) or 'no other backend'}")
-        for name, reasons in self.verdicts:
-            lines += [f"Not {name}: {reason}\n     -> {reason.fix}" for reason in reasons]
+        for reasons, names in self._refused().items():
+            who = textwrap.fill(f"Not {', '.join(names)}:", 100, subsequent_indent="    ", break_on_hyphens=False)
+            lines.append(f"{who} {reasons[0]}\n     -> {reasons[0].fix}")
+            lines += [f"     and {reason}\n     -> {reason.fix}" for reason in reasons[1:]]
         return "\n".join(lines)
+
+    def _refused(self) -> dict[tuple[Reason, ...], list[str]]:
+        """Backends by what stands against them."""
+        found: dict[tuple[Reason, ...], list[str]] = {}
+        for name, reasons in self.verdicts:
+            if reasons:
+                found.setdefault(reasons, []).append(name)
+        return found
 
 
 def decide(
@@ -127,7 +139,7 @@ def decide(
         name = plan_for(request, spec, call).backend.name
     except (BackendRejectedError, BackendUnavailableError, NoBackendError) as refusal:
         error = str(refusal)
-    names = sorted(registry.names(), key=lambda other: (other != name, other))
+    names = sorted(registry.names(), key=lambda other: (other != name, other not in request.names, other))
     verdicts = tuple(verdict_on(other, spec) for other in names)
     extent = extent_of(call)
     common: dict[str, Any] = {

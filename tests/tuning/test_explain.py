@@ -69,3 +69,10 @@ def test_copies_are_listed_with_their_bytes(tensors):
     padding = torch.arange(32) < 20
     found = ad.explain(*tensors, padding[None], backend="_native_flash")
     assert [(copy.adapter, copy.bytes) for copy in found.copies] == [("additive_mask", 32 * 4)]
+
+
+def test_those_asked_for_come_first_and_equal_reasons_are_told_once(tensors):
+    text = str(ad.explain(*tensors, backend=["triton_sage", "flash", "native"]))
+    [line] = [line for line in text.splitlines() if line.startswith("Not flash, triton_sage")]
+    assert text.count("it runs on cuda, not on cpu") == 1 and text.index(line) > text.index("Backend:  native")
+    assert "Order:" not in text and "Order:" in str(ad.explain(*tensors, backend="auto"))
