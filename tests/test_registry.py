@@ -13,6 +13,7 @@ import torch
 from attention_dispatch import (
     AttentionDispatchError,
     Backend,
+    BackendRejectedError,
     BackendUnavailableError,
     InvalidCallError,
     backend_status,
@@ -87,6 +88,18 @@ def test_a_broken_package_is_unavailable_and_breaks_nothing_else(installed, brok
         dispatch_attention_fn(X, X, X, attention_kwargs={"sharpness": 2})
     main(["list"])
     assert "mine" in capsys.readouterr().out
+
+
+def test_what_extra_reasons_raises_refuses_this_backend_only(installed):
+    def fail(spec):
+        raise KeyError("sm_90")
+
+    installed(mine=own(extra_reasons=fail))
+    with pytest.raises(BackendRejectedError, match="asking for its limits raised KeyError: 'sm_90'") as caught:
+        dispatch_attention_fn(X, X, X, backend="mine")
+    assert caught.value.codes == ("broken",)
+    dispatch_attention_fn(X, X, X, backend=["mine", "native"])
+    assert explain(X, X, X).why_not("mine")[0].code == "broken"
 
 
 @pytest.mark.parametrize("part", ["probe", "load"])

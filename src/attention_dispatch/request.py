@@ -234,7 +234,7 @@ class attention_backend:  # lower case: it is used like a function, as in diffus
     Leaving the scope, by an exception too, restores what was there. Scopes nest; other threads are not affected. The
     innermost scope counts, also where scopes end in another order than they nest, as in generators and coroutines: one
     that ends takes away its own request and no other. While a generator or coroutine waits inside a scope, the scope
-    counts for everything else that the thread runs.
+    counts for everything else that the thread runs. Threads that are in a scope at the same time need an object each.
 
     Args:
         request: a name, a sequence of names, ``"auto"`` or ``"auto_quantized"``.

@@ -86,11 +86,20 @@ def extent_of(call: AttentionCall) -> Extent:
 def verdict_on(name: str, spec: CallSpec) -> Verdict:
     """Capable, available, and proven on first use: all reasons why a backend cannot run calls with these facts."""
     backend = registry.get(name)
-    capable = (*reasons_against(backend.capabilities, spec), *backend.extra_reasons(spec))
+    capable = (*reasons_against(backend.capabilities, spec), *_joint_limits(backend, spec))
     if capable:
         # Not capable is known without loading a vendor package, and is the more useful answer.
         return Verdict(name, capable)
     return Verdict(name, registry.status(name).reasons or self_test.reasons(backend, spec))
+
+
+def _joint_limits(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
+    """Its ``extra_reasons``; those of another package may fail, which must break neither lists nor other backends."""
+    try:
+        return backend.extra_reasons(spec)
+    except Exception as error:
+        what = f"asking for its limits raised {type(error).__name__}: {error}"
+        return (Reason("broken", what, "report it to the authors of the backend, or use backend='native'."),)
 
 
 def candidates(request: Request, spec: CallSpec, lengths: Extent | None = None) -> tuple[str, ...]:
