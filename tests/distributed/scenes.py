@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
-from attention_dispatch import dispatch_attention_fn, explain, set_attention_backend
+from attention_dispatch import dispatch_attention_fn, explain, reset_attention_backend, set_attention_backend
 from attention_dispatch.distributed import (
     ContextParallel,
     as_context_parallel,
@@ -22,6 +22,7 @@ from attention_dispatch.distributed import (
     context_parallel_attention,
     dispatch_parallel,
     gather,
+    one_process,
     shard,
 )
 from attention_dispatch.request import current, parse
@@ -29,6 +30,8 @@ from attention_dispatch.request import current, parse
 from .oracle import TorchPair, attention
 from .product import relative_error
 from .worlds import outcome
+
+TORCH_SDPA = F.scaled_dot_product_attention
 
 
 def tensors(tokens=13, heads=4, kv_heads=4, dim=8, batch=2, columns=None, dtype=torch.float32):
@@ -238,7 +241,17 @@ def whole_model(world: int, style: str, backend: str | None = None) -> dict[str,
     dist.all_reduce(gradient)
     assert parallel.world == world
     assert current.state.fields.get("parallel") is None
-    return {"out": relative_error(found.detach(), wanted.detach().double()),
+    again = context_parallel(model, ring=world, inputs={"hidden": 1}, output=1)
+    twice = relative_error(model(hidden=hidden).detach(), wanted.detach().double())
+    assert again is not parallel
+    one_process(model)
+    if backend is not None:
+        reset_attention_backend(model)
+    assert not model._forward_pre_hooks and not model._forward_hooks and not model.attention._forward_hooks
+    assert getattr(model.attention, "_parallel_config", None) is None
+    assert F.scaled_dot_product_attention is TORCH_SDPA
+    return {"out": relative_error(found.detach(), wanted.detach().double()), "set twice": twice,
+            "undone": relative_error(model(hidden).detach(), wanted.detach().double()),
             "grad": relative_error(gradient, alone.attention.project.weight.grad.double()),
             "outside": relative_error(alone(local).detach(), before.detach().double())}
 

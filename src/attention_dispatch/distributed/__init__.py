@@ -10,7 +10,7 @@ from .config import ContextParallel, as_context_parallel
 from .connect import dispatch_parallel
 from .cost import Link, ParallelismPlan, plan_parallelism
 from .decision import ParallelDecision, explain_parallel
-from .model import context_parallel, gather, give, has_carriers, shard
+from .model import context_parallel, gather, give, has_carriers, one_process, shard
 from .pair import AttentionPair, BlockCall, BlockFacts, exact_backward
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "gather",
     "give",
     "has_carriers",
+    "one_process",
     "plan_parallelism",
     "shard",
 ]

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from ..api import request_for
 from ..call import AttentionOutput
-from ..interception import intercept, intercept_everywhere
+from ..interception import intercept, intercept_everywhere, release
 from ..request import current
 from .config import ContextParallel
 
@@ -23,6 +23,7 @@ class Inside:
 
     def __init__(self, parallel: ContextParallel):
         self.parallel = parallel
+        self.handles: tuple[Any, ...] = ()
 
 
 def put_inside(module: nn.Module, parallel: ContextParallel) -> None:
@@ -33,11 +34,22 @@ def put_inside(module: nn.Module, parallel: ContextParallel) -> None:
         return
     inside = Inside(parallel)
     vars(module)[_INSIDE] = inside
-    # Entered after and left before the module's setting of a backend, whenever that was made.
-    module.register_forward_pre_hook(_enter)
-    module.register_forward_hook(_leave, prepend=True, always_call=True)
+    inside.handles = (
+        # Entered after and left before the module's setting of a backend, whenever that was made.
+        module.register_forward_pre_hook(_enter),
+        module.register_forward_hook(_leave, prepend=True, always_call=True),
+    )
     intercept(inside)
     intercept_everywhere()
+
+
+def take_out(module: nn.Module) -> None:
+    """Undo :func:`put_inside`."""
+    inside = vars(module).pop(_INSIDE, None)
+    if inside is not None:
+        for handle in inside.handles:
+            handle.remove()
+        release(inside)
 
 
 def _unchanged(call: Any, spec: Any, request: Any, plan: Any, output: AttentionOutput) -> AttentionOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from ..errors import InvalidCallError
 from ..sites import Site, find_sites
 from .config import ContextParallel
 from .exchange import gather_shards
-from .inside import put_inside
+from .inside import put_inside, take_out
 
 _CARRIER = "_parallel_config"
+_GIVEN = "_attention_dispatch_given"
+_MISSING = object()
 
 
 def shard(tensor: Tensor, parallel: ContextParallel, dim: int = 1) -> Tensor:
@@ -99,11 +102,18 @@ def context_parallel(
     if model is None:
         return parallel
     give(model, parallel, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+    given = vars(model)[_GIVEN]
     if inputs:
-        model.register_forward_pre_hook(_sharder(dict(inputs), parallel), with_kwargs=True)
+        given.append(model.register_forward_pre_hook(_sharder(dict(inputs), parallel), with_kwargs=True).remove)
     if output is not None:
-        model.register_forward_hook(_gatherer(output, parallel))
+        given.append(model.register_forward_hook(_gatherer(output, parallel)).remove)
     return parallel
+
+
+def one_process(model: nn.Module) -> None:
+    """Undo :func:`context_parallel` on a model: each process attends to its own tokens again."""
+    for undo in reversed(vars(model).pop(_GIVEN, [])):
+        undo()
 
 
 def give(model: nn.Module, parallel: ContextParallel, exclude: Sequence[str] = ()) -> None:
@@ -126,10 +136,21 @@ def give(model: nn.Module, parallel: ContextParallel, exclude: Sequence[str] = (
             "  Do:    call scaled_dot_product_attention or dispatch_attention_fn there, or leave the module out: "
             "context_parallel(..., exclude=name)."
         )
+    one_process(model)
+    given = vars(model)[_GIVEN] = []
     for carrier in carriers:
+        given.append(partial(_restore, carrier, vars(carrier).get(_CARRIER, _MISSING)))
         setattr(carrier, _CARRIER, parallel)
     for site in sites:
         put_inside(site.module, parallel)
+        given.append(partial(take_out, site.module))
+
+
+def _restore(carrier: Any, before: Any) -> None:
+    if before is _MISSING:
+        delattr(carrier, _CARRIER)
+    else:
+        setattr(carrier, _CARRIER, before)
 
 
 def has_carriers(model: nn.Module) -> bool:
