@@ -22,7 +22,7 @@ demo: .venv/ready  ## sample digits from a diffusion transformer on every backen
 
 test: .venv/ready  ## run all tests (pytest -m gpu runs those that need a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels tests/distributed/test_merge_kernel.py
 
 check: .venv/ready  ## lint and types
 	$(BIN)/ruff check .

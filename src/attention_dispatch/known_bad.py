@@ -76,7 +76,8 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         ("_native_cudnn",),
         "refuse",
         _torch_between("2.9", "2.13"),
-        lambda spec: spec.grad and spec.mask != "none",
+        # A window reaches cuDNN as a mask.
+        lambda spec: spec.grad and (spec.mask != "none" or spec.window),
         "the cuDNN backward pass with a mask gives NaN for lengths of 64 modulo 128",
         "use backend='_native_efficient' or 'flex' for training with a mask.",
         "https://github.com/pytorch/pytorch/issues/196678",

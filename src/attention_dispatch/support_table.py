@@ -1,6 +1,6 @@
 """The table of what every backend supports, written from their declared capabilities.
 
-    attention-dispatch list --markdown > docs/backends.md
+Written to docs/backends.md by ``attention-dispatch list --markdown``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ exactly; anything else is refused with a reason before the kernel runs.
 def support_table() -> str:
     """Markdown of all registered backends; imports no vendor package."""
     lines = [_row(registry.get(name), row) for name in registry.names() for row in registry.get(name).capabilities]
-    sources = [f"- `{backend.name}`: {backend.summary}{_link(backend)}" for backend in map(registry.get, registry.names())]
+    sources = [
+        f"- `{backend.name}`: {backend.summary}{_link(backend)}" for backend in map(registry.get, registry.names())
+    ]
     return _HEADER + "\n".join(lines) + "\n\n" + "\n".join(sources) + "\n"
 
 
@@ -65,4 +67,3 @@ def _yes(on: bool) -> str:
 
 def _link(backend: Backend) -> str:
     return f" ([upstream]({backend.url}))" if backend.url else ""
-

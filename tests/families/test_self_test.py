@@ -146,6 +146,7 @@ def test_builds_that_only_a_test_can_tell_apart_need_the_self_test(monkeypatch):
         ("_native_cudnn", "2.12.1", {"architecture": "sm_90", "kv_heads": 2}, False),
         ("_native_cudnn", "2.14.0", {"architecture": "sm_100", "kv_heads": 2}, False),
         ("_native_cudnn", "2.13.0+cu130", {"architecture": "sm_90", "grad": True, "mask": "bool"}, True),
+        ("_native_cudnn", "2.13.0+cu130", {"architecture": "sm_90", "grad": True, "window": True}, True),
         ("_native_cudnn", "2.13.0+cu130", {"architecture": "sm_90", "grad": True}, False),
         ("native", "2.12.1", {"architecture": "sm_100", "kv_heads": 2}, False),
         ("flex", "2.11.0", {"lse": True, "options": ("kernel_options",)}, True),

@@ -437,7 +437,11 @@ def _remove_name(name: str) -> None:
     del enum._member_map_[member._name_]
     del enum._value2member_map_[name]
     enum._member_names_.remove(member._name_)
-    for table in (_upstream_registry._backends, _upstream_registry._constraints, _upstream_registry._supported_arg_names):
+    for table in (
+        _upstream_registry._backends,
+        _upstream_registry._constraints,
+        _upstream_registry._supported_arg_names,
+    ):
         table.pop(member, None)
 
 
@@ -459,7 +463,12 @@ def _backend_function(name: str) -> Callable[..., Any]:
         deterministic: bool = False,
         _parallel_config: Any = None,
     ) -> Any:
-        options = {"return_lse": return_lse, "window_size": window_size, "softcap": softcap, "deterministic": deterministic}
+        options = {
+            "return_lse": return_lse,
+            "window_size": window_size,
+            "softcap": softcap,
+            "deterministic": deterministic,
+        }
         return api.dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             {option: setting for option, setting in options.items() if setting}, backend=name, parallel_config=_parallel_config,
