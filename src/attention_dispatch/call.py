@@ -102,7 +102,8 @@ class AttentionCall:
 class CallSpec(NamedTuple):
     """The facts of a call that decide which backend can run it: no tensors and no lengths, so it can key a cache.
 
-    ``lengths`` is ``"equal"``, ``"fewer_queries"`` or ``"more_queries"`` (than keys). ``architecture`` is vendor
+    ``lengths`` is ``"equal"``, ``"fewer_queries"`` or ``"more_queries"`` (than keys) where causal masking or a window
+    compares positions, else ``"any"``: comparing lengths costs a traced graph its generality. ``architecture`` is vendor
     tagged, such as ``"sm_90"`` or ``"gfx942"``, and empty where a device has none.
     """
 
@@ -209,9 +210,13 @@ def spec_of(call: AttentionCall) -> CallSpec:
         grad or mask_grad,
         call.return_lse,
         call.deterministic,
-        "equal" if q_len == k_len else ("fewer_queries" if q_len < k_len else "more_queries"),
+        _order_of_lengths(q_len, k_len) if call.is_causal or call.window_size != FULL_WINDOW else "any",
         tuple(sorted(call.options)) if call.options else (),
     )
+
+
+def _order_of_lengths(q_len: int, k_len: int) -> str:
+    return "equal" if q_len == k_len else ("fewer_queries" if q_len < k_len else "more_queries")
 
 
 def check_output(backend: str, call: AttentionCall, output: Any) -> None:
@@ -275,7 +280,7 @@ def describe(call: AttentionCall, spec: CallSpec) -> str:
 
 def describe_kind(spec: CallSpec) -> str:
     """The same of a call that is traced, whose lengths are not known."""
-    same = spec.heads == spec.kv_heads and spec.head_dim == spec.head_dim_v and spec.lengths == "equal"
+    same = spec.heads == spec.kv_heads and spec.head_dim == spec.head_dim_v and spec.lengths in ("equal", "any")
     others = "k/v the same" if same else f"k (B, K, {spec.kv_heads}, {spec.head_dim}), v (.., {spec.head_dim_v})"
     extras = [*_extras(spec, "window_size", "softcap", "dropout"), *spec.options]
     return "; ".join([f"q (B, S, {spec.heads}, {spec.head_dim}) {_kind(spec)}, {others}", *extras])
