@@ -9,17 +9,14 @@ https://huggingface.co/docs/diffusers/optimization/attention_backends
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.hooks import layer_skip
@@ -29,12 +26,13 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from .. import api, models, registry, request, settings
 from ..api import request_for
-from ..call import AttentionOutput
 from ..errors import InvalidCallError
 from ..interception import any_rank_sdpa
 from ..models import Report
 from ..request import NATIVE, current, environment
 from ..sites import find_sites
+from .diffusers_names import add_and_remove_names, member_for_several, remove_names
+from .diffusers_skip import skip_scores
 
 __all__ = ["activate", "deactivate", "install", "refusal", "uninstall"]
 
@@ -42,7 +40,6 @@ _MISSING = object()
 _lock = threading.RLock()
 # (object, attribute, value before, value set) of every attribute replaced, in order.
 _replaced: list[tuple[Any, str, Any, Any]] = []
-_added: dict[str, Any] = {}
 # Everything set through diffusers' own methods or install(). Weak: what is gone needs no reset.
 _routed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -55,7 +52,6 @@ _upstream_npu = AttentionModuleMixin.set_use_npu_flash_attention
 _upstream_xla = AttentionModuleMixin.set_use_xla_flash_attention
 _upstream_xformers = AttentionModuleMixin.set_use_memory_efficient_attention_xformers
 _upstream_parallelism = ModelMixin.enable_parallelism
-_upstream_skip = layer_skip.AttentionProcessorSkipHook.new_forward
 
 
 # Objects of their own, so that files which imported them from diffusers can be told from files that imported
@@ -149,13 +145,13 @@ def activate() -> None:
         _replace(AttentionModuleMixin, "set_use_npu_flash_attention", _use_npu)
         _replace(AttentionModuleMixin, "set_use_xla_flash_attention", _use_xla)
         _replace(AttentionModuleMixin, "set_use_memory_efficient_attention_xformers", _use_xformers)
-        _replace(layer_skip.AttentionProcessorSkipHook, "new_forward", _skip_scores)
-        _replace(upstream.AttentionBackendName, "_missing_", classmethod(_member_for_several))
+        _replace(layer_skip.AttentionProcessorSkipHook, "new_forward", skip_scores)
+        _replace(upstream.AttentionBackendName, "_missing_", classmethod(member_for_several))
         if _upstream_registry._checks_enabled and not settings.checks():
             settings.set_checks(True)
         with registry._lock:
-            _add_and_remove_names()
-            registry._on_change.append(_add_and_remove_names)
+            add_and_remove_names()
+            registry._on_change.append(add_and_remove_names)
         for theirs, ours in _REBINDINGS:
             _rebind(theirs, ours, only_in="diffusers." if theirs is F else "")
 
@@ -168,9 +164,8 @@ def deactivate() -> None:
         for theirs, ours in _REBINDINGS:
             _rebind(ours, theirs)
         with registry._lock:
-            registry._on_change.remove(_add_and_remove_names)
-            for name in list(_added):
-                _remove_name(name)
+            registry._on_change.remove(add_and_remove_names)
+            remove_names()
         while _replaced:
             owner, attribute, before, ours = _replaced.pop()
             if vars(owner).get(attribute) is not ours:
@@ -364,117 +359,6 @@ def _rebind(old: Any, new: Any, only_in: str = "") -> None:
 def _replace(owner: Any, attribute: str, value: Any) -> None:
     _replaced.append((owner, attribute, vars(owner).get(attribute, _MISSING), value))
     setattr(owner, attribute, value)
-
-
-def _skip_scores(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``AttentionProcessorSkipHook.new_forward`` for perturbed attention guidance (``skip_attention_scores``).
-
-    diffusers watches for calls of torch's function, which most backends do not make.
-    """
-    if not self.skip_attention_scores or not math.isclose(self.dropout, 1.0):
-        return _upstream_skip(self, module, *args, **kwargs)
-    return _skip_scores_eagerly(self, module, *args, **kwargs)
-
-
-@torch.compiler.disable(reason="attention scores are skipped outside of compiled graphs")
-def _skip_scores_eagerly(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    with _values_as_outputs():
-        return _upstream_skip(self, module, *args, **kwargs)
-
-
-@contextmanager
-def _values_as_outputs() -> Iterator[None]:
-    """Attention of this thread gives the values themselves, where there are as many as queries."""
-    outer = current.observer
-
-    def observe(call: Any, spec: Any, request: Any, plan: Any, output: AttentionOutput) -> AttentionOutput:
-        if outer is not None:
-            output = outer(call, spec, request, plan, output)
-        if call.key.shape[1] != call.query.shape[1]:
-            return output
-        repeats = call.query.shape[2] // call.value.shape[2]
-        value = call.value if repeats == 1 else call.value.repeat_interleave(repeats, dim=2)
-        return AttentionOutput(value, output.lse)
-
-    current.observer = observe
-    current.refresh()
-    try:
-        yield
-    finally:
-        current.observer = outer
-        current.refresh()
-
-
-def _member_for_several(cls: Any, value: Any) -> Any:
-    """The member for a request of several names: code that asks for one takes the path that any backend can follow."""
-    return cls.NATIVE if isinstance(value, tuple) else None
-
-
-def _add_and_remove_names() -> None:
-    """Make this library's names members of diffusers' enum, which some of its code converts names to."""
-    wanted = {"auto", "auto_quantized", *registry.names()}
-    for name in [name for name in _added if name not in wanted]:
-        _remove_name(name)
-    for name in sorted(wanted - {member.value for member in upstream.AttentionBackendName}):
-        _add_name(name)
-
-
-def _add_name(name: str) -> None:
-    enum: Any = upstream.AttentionBackendName
-    label = name.upper()
-    member = str.__new__(enum, name)
-    member._name_, member._value_ = label, name
-    enum._member_map_[label] = member
-    enum._value2member_map_[name] = member
-    enum._member_names_.append(label)
-    _upstream_registry.register(member)(_backend_function(name))
-    _added[name] = member
-
-
-def _remove_name(name: str) -> None:
-    enum: Any = upstream.AttentionBackendName
-    member = _added.pop(name)
-    del enum._member_map_[member._name_]
-    del enum._value2member_map_[name]
-    enum._member_names_.remove(member._name_)
-    for table in (
-        _upstream_registry._backends,
-        _upstream_registry._constraints,
-        _upstream_registry._supported_arg_names,
-    ):
-        table.pop(member, None)
-
-
-def _backend_function(name: str) -> Callable[..., Any]:
-    """diffusers' view of a backend. It reads the parameters from the signature, so all are spelled out."""
-
-    def run(
-        query: Any,
-        key: Any,
-        value: Any,
-        attn_mask: Any = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        return_lse: bool = False,
-        window_size: Any = None,
-        softcap: float = 0.0,
-        deterministic: bool = False,
-        _parallel_config: Any = None,
-    ) -> Any:
-        options = {
-            "return_lse": return_lse,
-            "window_size": window_size,
-            "softcap": softcap,
-            "deterministic": deterministic,
-        }
-        return api.dispatch_attention_fn(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            {option: setting for option, setting in options.items() if setting}, backend=name, parallel_config=_parallel_config,
-        )  # fmt: skip
-
-    return run
 
 
 activate()
