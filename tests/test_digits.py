@@ -155,7 +155,7 @@ def test_demo_names_the_nearest_backend():
 
 
 @pytest.mark.gpu
-def test_demo_on_a_gpu(tmp_path):
+def test_demo_on_a_gpu(cuda, tmp_path):
     report = json.loads(run_script("demo.py", "--json", "--device=cuda", f"--output={tmp_path / 'digits.png'}"))
     ran = {row["backend"]: row for row in report["ran"]}
     assert {"native", "_native_flash", "_native_cudnn", "_native_efficient", "_native_math", "flex"} <= set(ran)
