@@ -8,7 +8,8 @@ import time
 import torch
 
 from attention_dispatch.backends.reference import CAPABILITIES, attention
-from attention_dispatch.call import AttentionCall, AttentionOutput
+from attention_dispatch.call import AttentionCall, AttentionOutput, CallSpec
+from attention_dispatch.errors import Reason
 from attention_dispatch.registry import Backend, register_backend
 
 
@@ -61,6 +62,7 @@ FORWARDS = {
     "fake_right": attention,
     "fake_gradient": _right_with_wrong_gradients,
     "fake_dies_at_import": attention,
+    "fake_refuses": attention,
 }
 
 
@@ -68,10 +70,14 @@ def _exit() -> None:
     os._exit(9)
 
 
+def _refuses(spec: CallSpec) -> tuple[Reason, ...]:
+    return (Reason("self_test", "its first-use self-test failed", "use backend='native'."),)
+
+
 def backend(name: str) -> Backend:
     """A fake, not registered; it declares what the reference does."""
-    load = {"load": _exit} if name == "fake_dies_at_import" else {}
-    return Backend(name=name, family="fakes", capabilities=(CAPABILITIES,), forward=FORWARDS[name], **load)
+    special = {"fake_dies_at_import": {"load": _exit}, "fake_refuses": {"extra_reasons": _refuses}}.get(name, {})
+    return Backend(name=name, family="fakes", capabilities=(CAPABILITIES,), forward=FORWARDS[name], **special)
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ FAKES = ("tests.tuning.registered_fakes",)
 
 
 def test_every_failure_is_reported_and_the_next_backend_still_checked():
-    names = ["fake_dies_at_import", "flash", "fake_crash", "fake_hang", "fake_nan", "fake_right"]
+    names = ["fake_dies_at_import", "flash", "fake_crash", "fake_hang", "fake_nan", "fake_refuses", "fake_right"]
     seen = []
     found = health.check(
         names, "cpu", timeout_s=5.0, imports=FAKES, progress=lambda result: seen.append(result.backend)
@@ -23,6 +23,7 @@ def test_every_failure_is_reported_and_the_next_backend_still_checked():
         "fake_crash": "crashed",
         "fake_hang": "hung",
         "fake_nan": "wrong",
+        "fake_refuses": "unchecked",
         "fake_right": "ok",
     }
     assert seen == names
@@ -40,6 +41,12 @@ def test_verdicts_are_remembered_in_the_store():
     assert store.verdict("native", "cpu")["state"] == "wrong"
     tensor = torch.randn(1, 8, 2, 16)
     assert ad.explain(tensor, tensor, tensor, backend="auto").backend == "_native_flash"
+
+
+def test_what_refused_every_case_is_neither_right_nor_wrong():
+    health.remember([health.Health("flex", "unchecked", "it refused every case")], "cpu")
+    store.reload()
+    assert store.verdict("flex", "cpu") is None
 
 
 def test_the_quick_cases_exist():

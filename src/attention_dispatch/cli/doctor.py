@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         )
     absent |= {result.backend: result.what for result in found if result.state == "absent"}
     found = [result for result in found if result.state != "absent"]
-    bad = [result for result in found if result.state != "ok"]
+    bad = [result for result in found if result.state not in health.HARMLESS]
     if options.json:
         data = {
             "environment": environment.manifest(device),

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from .. import registry
 from . import store
 
-STATES = ("ok", "absent", "wrong", "crashed", "hung", "failed")
+STATES = ("ok", "unchecked", "absent", "wrong", "crashed", "hung", "failed")
 # After any other, the child may be in no state to judge the next backend.
-_HARMLESS = ("ok", "absent")
+HARMLESS = ("ok", "unchecked", "absent")
 # Inference with each mask kind, causal masking, an LSE, gradients, and views: one case for every promise.
 QUICK = (
     "plain_fp32",
@@ -50,8 +50,8 @@ class Health(NamedTuple):
     """What was found out about one backend.
 
     Attributes:
-        backend: its name. state: ``"ok"``, ``"absent"`` (cannot be used here), ``"wrong"`` (deviates from float64), ``"crashed"``
-            (ended its process), ``"hung"`` or ``"failed"`` (raised).
+        backend: its name. state: ``"ok"``, ``"unchecked"`` (refused every case), ``"absent"`` (cannot be used here), ``"wrong"``
+            (deviates from float64), ``"crashed"`` (ended its process), ``"hung"`` or ``"failed"`` (raised).
         what: the case and what happened; empty if ok.
         computed, refused: number of cases.
     """
@@ -100,7 +100,7 @@ def remember(found: Sequence[Health], device: str) -> None:
         verdicts={
             health.backend: {"state": health.state, "what": health.what, "date": now}
             for health in found
-            if health.state != "absent"
+            if health.state not in ("absent", "unchecked")
         },
     )
 
@@ -155,7 +155,7 @@ def _run_child(
             health = Health(**event)
             waiting.remove(health.backend)
             yield health
-            if health.state not in _HARMLESS:
+            if health.state not in HARMLESS:
                 return
             if waiting:
                 current, case = waiting[0], ""
@@ -204,6 +204,8 @@ def _check_one(name: str, device: str, quick: bool) -> Health:
             return Health(name, "wrong", f"{case.name}: {error}", **counts)
         except Exception as error:  # whatever a vendor's kernel raises is the finding
             return Health(name, "failed", f"{case.name}: {type(error).__name__}: {error}", **counts)
+    if not counts["computed"]:
+        return Health(name, "unchecked", "it refused every case, so nothing is known of its results", **counts)
     return Health(name, "ok", "", **counts)
 
 
@@ -222,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         registry.get(name)
         health = _check_one(name, options.device, options.cases == "quick")
         _tell(health._asdict())
-        if health.state not in _HARMLESS:
+        if health.state not in HARMLESS:
             return
 
 
