@@ -125,6 +125,19 @@ def test_an_environment_that_names_nothing_is_an_error_not_a_crash(monkeypatch):
         dispatch(X)
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "says"),
+    [("nativ", UnknownBackendError, "Did you mean 'native'"), ("auto,native", InvalidCallError, "stands alone")],
+)
+@pytest.mark.parametrize("variable", ["ATTENTION_DISPATCH_BACKEND", "DIFFUSERS_ATTN_BACKEND"])
+def test_a_wrong_name_in_the_environment_says_which_variable_it_comes_from(variable, value, error, says, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    forget_environment()
+    for _ in range(2):
+        with pytest.raises(error, match=f"{says}.*environment variable {variable}"):
+            dispatch(X)
+
+
 class Calling(torch.nn.Module):
     """Calls something in the middle of its forward."""
 

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from . import registry, settings
-from .errors import InvalidCallError
+from .errors import InvalidCallError, UnknownBackendError
 
 AUTO = "auto"
 AUTO_QUANTIZED = "auto_quantized"
@@ -192,7 +192,11 @@ def environment() -> Request:
     if _environment is None:
         wanted = settings.default_backend()
         _environment_variable = settings.default_backend_variable()
-        _environment = NATIVE if wanted is None else parse(wanted)
+        try:
+            _environment = NATIVE if wanted is None else parse(wanted)
+        except (UnknownBackendError, InvalidCallError) as error:
+            # Nothing in the caller's program names it, so the message has to say where it comes from.
+            raise type(error)(f"{error} The environment variable {_environment_variable} asks for it.") from None
     return _environment
 
 
