@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -114,19 +114,21 @@ class Decision:
         lines += [f"What if:  {counterfactual}" for counterfactual in self.counterfactuals]
         able = [verdict.name for verdict in self.verdicts if verdict.accepted and verdict.name != self.backend]
         lines.append(f"Could:    {', '.join(able) or 'no other backend'}")
-        for reasons, names in self._refused().items():
-            who = textwrap.fill(f"Not {', '.join(names)}:", 100, subsequent_indent="    ", break_on_hyphens=False)
-            lines.append(f"{who} {reasons[0]}\n     -> {reasons[0].fix}")
-            lines += [f"     and {reason}\n     -> {reason.fix}" for reason in reasons[1:]]
-        return "\n".join(lines)
+        return "\n".join([*lines, *refused_lines(self.verdicts)])
 
-    def _refused(self) -> dict[tuple[Reason, ...], list[str]]:
-        """Backends by what stands against them."""
-        found: dict[tuple[Reason, ...], list[str]] = {}
-        for name, reasons in self.verdicts:
-            if reasons:
-                found.setdefault(reasons, []).append(name)
-        return found
+
+def refused_lines(verdicts: Iterable[tuple[str, tuple[Reason, ...]]]) -> list[str]:
+    """What stands against which backends, in words; equal reasons once."""
+    refused: dict[tuple[Reason, ...], list[str]] = {}
+    for name, reasons in verdicts:
+        if reasons:
+            refused.setdefault(reasons, []).append(name)
+    lines = []
+    for reasons, names in refused.items():
+        who = textwrap.fill(f"Not {', '.join(names)}:", 100, subsequent_indent="    ", break_on_hyphens=False)
+        lines.append(f"{who} {reasons[0]}\n     -> {reasons[0].fix}")
+        lines += [f"     and {reason}\n     -> {reason.fix}" for reason in reasons[1:]]
+    return lines
 
 
 def decide(

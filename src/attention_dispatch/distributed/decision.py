@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import registry
+from ..decision import refused_lines
 from ..errors import BackendRejectedError, NoBackendError, Reason
 from ..request import Request
 from .attention import open_call
@@ -84,9 +85,7 @@ class ParallelDecision:
         able = [name for name, reasons in self.verdicts if not reasons and name != self.backend]
         lines.append(f"Could:    {', '.join(able) or 'no other backend'}")
         lines.append(f"Degrees:  {self.planned.why}")
-        for name, reasons in self.verdicts:
-            lines += [f"Not {name}: {reason}\n     -> {reason.fix}" for reason in reasons]
-        return "\n".join(lines)
+        return "\n".join([*lines, *refused_lines(self.verdicts)])
 
 
 def explain_parallel(

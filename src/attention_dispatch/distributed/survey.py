@@ -14,6 +14,9 @@ from .pair import AttentionPair
 from .plan import CallOptions, Plan, make_plan
 from .sharded_mask import read_masks
 
+# Every length of a sequence is a plan of its own.
+_MAX_PLANS = 4096
+
 
 class Survey(NamedTuple):
     """What came of all candidates.
@@ -77,7 +80,7 @@ def chosen(
 ) -> tuple[Plan, AttentionPair]:
     """The plan for a call and the kernel that serves it on every rank: the first of rank 0's candidates; made once.
 
-    The key holds nothing but agreed facts, so all ranks find a plan or all of them make one.
+    The key holds nothing but agreed facts, so all ranks find a plan or all of them make one, and forget them together.
 
     Raises:
         BackendRejectedError, NoBackendError: no candidate can serve every rank.
@@ -88,6 +91,8 @@ def chosen(
     found = survey(parallel, pairs, calls, tensors, mask, options)
     if not found.common:
         raise refusal_of(found)
+    if len(parallel.plans) >= _MAX_PLANS:
+        parallel.plans.clear()
     parallel.plans[calls] = found.able[found.common[0]]
     return parallel.plans[calls]
 

@@ -60,21 +60,8 @@ def traced_attention(
             "under torch.compile attn_mask must not depend on the query or head.\n"
             "  Do:    call the attention outside the compiled region."
         )
-    if world == 1:
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask,
-            0.0,
-            is_causal,
-            scale,
-            enable_gqa,
-            options or None,
-            backend=request,
-            parallel_config=LOCAL,
-        )
-    query, key, value = (_to_heads(tensor, world, parallel) for tensor in (query, key, value))
+    if world > 1:
+        query, key, value = (_to_heads(tensor, world, parallel) for tensor in (query, key, value))
     out = dispatch_attention_fn(
         query,
         key,
@@ -88,7 +75,7 @@ def traced_attention(
         backend=request,
         parallel_config=LOCAL,
     )
-    return _to_tokens(out, world, parallel)
+    return _to_tokens(out, world, parallel) if world > 1 else out
 
 
 def _to_heads(tensor: Tensor, world: int, parallel: ContextParallel) -> Tensor:
