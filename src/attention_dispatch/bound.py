@@ -98,14 +98,14 @@ def _masked(forward: Callable[[AttentionCall], AttentionOutput], call: Attention
     dropout_p, is_causal, scale, enable_gqa = call.dropout_p, call.is_causal, call.scale, call.enable_gqa
     batch, q_len, heads, _head_dim = call.query.shape
     k_len, device = call.key.shape[1], call.query.device
-    kind, shape = like.kind, None if like.tensor is None else like.tensor.shape
+    # Key padding, in normal form, has two dimensions and every other mask four; the dtype is part of the key.
+    shape = None if like.tensor is None else like.tensor.shape
 
     def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
         mask = normalise(attn_mask, batch, heads, q_len, k_len, device)
         if (
             mask is None
             or mask.tensor is None
-            or mask.kind != kind
             or mask.tensor.shape != shape
             or mask.tensor.requires_grad
             or not fits(query, key, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,47 @@ def test_a_short_way_serves_only_masks_like_the_one_decided_on(request_, name, t
     if name == "trained":
         (gradient,) = torch.autograd.grad(out.sum(), mask)
         assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("then", ["expanded keys", "trained"])
+def test_a_mask_of_the_same_shape_that_a_kernel_cannot_take_goes_to_another(then, tensors, registered):
+    """Padding that was expanded, and a mask that is trained, look like the bool and the additive mask seen before."""
+    right, calls = backend("fake_right"), []
+
+    def forward(call):
+        calls.append(call.mask.kind)
+        return right.forward(call)
+
+    [row] = right.capabilities
+    limited = replace(row, masks=frozenset({"bool", "bias"}), mask_gradients=False)
+    registered(replace(right, name="limited", capabilities=(limited,), forward=forward))
+    known = torch.rand(1, 1, 16, 16) > 0.3 if then == "expanded keys" else torch.randn(1, 1, 16, 16)
+    for _ in range(2):
+        ad.dispatch_attention_fn(*tensors, known, backend=["limited", "native"])
+    assert len(calls) == 2
+    ad.dispatch_attention_fn(*tensors, _masks()[then], backend=["limited", "native"])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tensors_that_a_shape_does_not_tell_apart_are_checked_again(masked, tensors, registered):
+    """A kernel that trusts its arguments must get neither mixed dtypes nor a last dimension with gaps."""
+    right, strides = backend("fake_right"), []
+
+    def forward(call):
+        strides.append({tensor.stride(3) for tensor in (call.query, call.key, call.value)})
+        return right.forward(call)
+
+    registered(replace(right, name="trusting", forward=forward))
+    mask = torch.rand(1, 1, 16, 16) > 0.3 if masked else None
+    for _ in range(2):
+        out = ad.dispatch_attention_fn(*tensors, mask, backend="trusting")
+    query, key, value = tensors
+    with pytest.raises(ad.InvalidCallError, match="share one dtype"):
+        ad.dispatch_attention_fn(query, key.double(), value, mask, backend="trusting")
+    gaps = torch.stack([key, key], dim=-1)[..., 0]
+    assert torch.equal(ad.dispatch_attention_fn(query, gaps, value, mask, backend="trusting"), out)
+    assert strides == [{1}] * 3
 
 
 def test_a_wrong_mask_is_refused_after_a_right_one(tensors):
