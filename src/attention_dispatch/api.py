@@ -271,7 +271,7 @@ def _dispatch(
         output = plan.backend.forward(call)
         check_output(plan.backend.name, call, output)
         if checks == "numerics":
-            from .recording import shadow_check
+            from .numerics import shadow_check
 
             shadow_check(call, spec, plan, output)
         if current.state.observer is not None:

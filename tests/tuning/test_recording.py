@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import attention_dispatch as ad
-from attention_dispatch import recording
+from attention_dispatch import numerics
 
 from .fakes import backend
 
@@ -44,9 +44,9 @@ def x() -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def fresh_checks():
-    recording.forget_checks()
+    numerics.forget_checks()
     yield
-    recording.forget_checks()
+    numerics.forget_checks()
 
 
 def test_each_module_is_listed_with_its_backend_and_count(x):
