@@ -1,6 +1,7 @@
 """Routed models inside DDP, FSDP1 and FSDP2, two processes on gloo: outputs and gradients of the unsharded model."""
 
 import copy
+import os
 from datetime import timedelta
 
 import pytest
@@ -84,7 +85,11 @@ def _on_rank(rank, directory):
             ad.reset_attention_backend(model)
             torch.testing.assert_close(model(mine).detach(), expected, atol=1e-5, rtol=1e-4)
             assert not calls, (name, routed_first)
+    dist.barrier()
     dist.destroy_process_group()
+    # All is asserted. What wrapped models still hold of the group is torn down by the interpreter in any order, which now
+    # and then ends a process of torch 2.13 with "terminate called without an active exception".
+    os._exit(0)
 
 
 def test_training_is_that_of_the_whole_model(tmp_path):
