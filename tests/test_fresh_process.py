@@ -136,6 +136,30 @@ def test_gradients_under_fullgraph(name):
     assert run(code) == "refused"
 
 
+def test_backends_that_were_never_used_before_meet_in_one_graph():
+    code = """
+    import torch, torch.nn as nn, torch.nn.functional as F
+    import attention_dispatch as ad
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, torch.cat([x, x], -1))[..., :16]
+
+    model = nn.Sequential(*(Attention() for _ in range(4)))
+    x = torch.randn(1, 2, 8, 16)
+    plain = model(x)
+    ad.set_attention_backend(model, {"0": "native", "1": "_native_math", "2": "reference"})
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), plain)
+    ad.set_attention_backend(model, {"0": "native", "3": "_native_flash"})
+    try:
+        compiled(x)
+    except ad.BackendRejectedError as error:
+        print(error.reasons[0].code)
+    """
+    assert run(code) == "head_dim_v"
+
+
 def test_switching_between_calls_is_respected_and_compiles_once_per_setting():
     code = COMPILE.replace("backend=name)", ")") + textwrap.dedent("""
         from attention_dispatch.registry import get, register_backend, Backend

@@ -264,7 +264,7 @@ def _dispatch(
         # Traced too: aten flash ends the process with a floating point exception (torch 2.13, CPU).
         output = _without_keys(call)
     elif torch.compiler.is_compiling():
-        output = _forwards[_traced_choice(request.mode, request.names, *spec)](call)
+        output = getattr(_TracedForwards, _traced_choice(request.mode, request.names, *spec))(call)
     else:
         began = store.generation()
         plan = plan_for(request, spec, call)
@@ -299,25 +299,34 @@ def _repeats(call: AttentionCall, query: Tensor, attn_mask: Any, spec: CallSpec,
     return mask_says and call.query is query and isinstance(backend, Hashable) and runs_now(query)
 
 
-_forwards: dict[str, Callable[[AttentionCall], AttentionOutput]] = {}
+class _TracedForwards:
+    """Forward passes as attributes: Dynamo reads a dict once per graph, and a later call in the same graph may be the
+    first ever of its backend."""
+
+
 # Which backend every kind of call got that was traced into a graph; a graph itself cannot be asked.
 traced_choices: dict[tuple[Request, CallSpec], str] = {}
 
 
 @torch._dynamo.assume_constant_result
 def _traced_choice(mode: str, names: tuple[str, ...], *facts: Any) -> str:
-    """The backend's name as a constant of the graph: a decision imports, locks and formats, which cannot be traced."""
+    """The choice as a constant of the graph, an attribute of :class:`_TracedForwards`: a decision imports, locks and
+    formats, which cannot be traced."""
     request, spec = Request(mode, names), CallSpec(*facts)
     try:
         backend = plan_for(request, spec).backend
     except AttentionDispatchError as error:
         refused = f"refused: {request} {spec}"
         refusal.remember(refused, error)
-        _forwards[refused] = partial(refusal.raised, refused)
-        return refused
-    _forwards[backend.name] = backend.forward
+        return _traceable(refused, partial(refusal.raised, refused))
     traced_choices[request, spec] = backend.name
-    return backend.name
+    return _traceable(backend.name, backend.forward)
+
+
+def _traceable(key: str, forward: Callable[[AttentionCall], AttentionOutput]) -> str:
+    attribute = f"of_{key.encode().hex()}"  # Dynamo's names of attributes hold no dots
+    setattr(_TracedForwards, attribute, staticmethod(forward))
+    return attribute
 
 
 def _without_keys(call: AttentionCall) -> AttentionOutput:

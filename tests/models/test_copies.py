@@ -120,26 +120,26 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def _wrapped(kind, model):
+def _wrapped(kind, model, mesh):
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard
 
     for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_distributed_wrappers(kind, when, one_process, probe):
     model, images = VisionTransformer(2), torch.randn(2, 3, 16, 16)
-    if kind == "fsdp2":
-        torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    # Where there is a GPU, FSDP would take it.
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     plain = model(images).detach()
     if when == "before":
         ad.set_attention_backend(model, "probe_a")
-    wrapped = _wrapped(kind, model)
+    wrapped = _wrapped(kind, model, mesh)
     if when == "after":
         report = ad.set_attention_backend(wrapped, "probe_a")
         assert [name for name, _ in report.routed] == ["blocks.0.attn", "blocks.1.attn"]
