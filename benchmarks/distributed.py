@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=2 benchmarks/distributed.py --json results.json
 
 Measured rows: one process, Ulysses and ring, and diffusers' own context parallelism with the same kernels where
-diffusers is installed. Times are medians of the slowest rank, forward, without gradients. ``error`` is the relative
+diffusers is installed, timed in turns. Times are medians of the slowest rank, forward, without gradients. ``error`` is the relative
 L2 distance of sampled rows from float64 attention; a row whose error is too large has no efficiency. ``overlap`` is the
 share of the communication (the same call with a kernel that computes nothing) hidden behind the kernels.
 """
@@ -20,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def print_model(arguments: argparse.Namespace) -> None:
                   f"{best.memory_bytes / 1e9:8.2f}")
 
 
+@dataclass
+class Scheme:
+    """A way to run the call, and what was measured of it."""
+
+    name: str
+    run: Callable[[], Tensor]
+    communicate: Callable[[], Any] | None = None
+    chunks: int = 0
+    peak: float = 0.0
+    error: float = 0.0
+    seconds: float = 0.0
+    moving: float | None = None
+
+
 class Bench:
     """Measurements of one process of the world."""
 
@@ -90,29 +105,44 @@ class Bench:
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.rows: list[dict[str, Any]] = []
+        # Bytes that belong to no scheme under measurement.
+        self.held = 0
         layout = "head_tail" if arguments.causal else "contiguous"
         self.parallel = {"ring": ContextParallel(ring=self.world, layout=layout),
                          "ulysses": ContextParallel(ulysses=self.world)}
-        self.one_process: dict[tuple[str, int], dict[str, float]] = {}
 
-    def timed(self, function: Callable[[], Any]) -> tuple[float, float]:
-        """Median seconds and peak bytes of the slowest rank."""
+    def allocated(self) -> int:
+        """Bytes of this rank's tensors."""
+        return torch.cuda.memory_allocated() if self.cuda else 0
+
+    def peak(self, function: Callable[[], Any]) -> float:
+        """Peak bytes of the rank that needs most, inputs included and those of other schemes left out."""
         function()
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        seconds = []
+        if not self.cuda:
+            return 0.0
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return self.worst(torch.cuda.max_memory_allocated() - self.held)
+
+    def in_turns(self, functions: list[Callable[[], Any]]) -> list[float]:
+        """Median seconds of each on the slowest rank; every round times all of them, so that clocks and heat weigh on each alike."""
+        seconds: list[list[float]] = [[] for _ in functions]
         for _ in range(self.arguments.repeats):
-            dist.barrier()
-            self.wait()
-            start = time.perf_counter()
-            function()
-            self.wait()
-            seconds.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated() if self.cuda else 0
-        worst = torch.tensor([statistics.median(seconds), peak], dtype=torch.float64, device=self.device)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        return worst[0].item(), worst[1].item()
+            for function, taken in zip(functions, seconds):
+                dist.barrier()
+                self.wait()
+                start = time.perf_counter()
+                function()
+                self.wait()
+                taken.append(time.perf_counter() - start)
+        return [self.worst(statistics.median(taken)) for taken in seconds]
+
+    def worst(self, number: float) -> float:
+        """The largest of all ranks."""
+        largest = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
 
     def wait(self) -> None:
         """Wait for the GPU."""
@@ -144,14 +174,13 @@ class Bench:
         held = torch.isin(rows, positions)
         at = torch.searchsorted(positions, rows[held])
         found = out[0, at, 0].double()
-        worst = ((found - exact[held]).norm() / exact[held].norm()).reshape(1)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        return worst.item()
+        return self.worst(((found - exact[held]).norm() / exact[held].norm()).item())
 
     def run(self, tokens: int, backend: str) -> None:
         """All schemes with one kernel at one length."""
+        self.held = self.allocated()
         whole = self.inputs(tokens)
-        rows, exact = self.exact(whole)
+        truth = self.exact(whole)
         try:
             [pair] = pairs_for(parse(backend), *whole)
         except AttentionDispatchError as error:
@@ -160,67 +189,74 @@ class Bench:
         call = BlockCall(is_causal=self.arguments.causal, scale=self.arguments.head_dim ** -0.5, needs_lse=False)
         every = torch.arange(tokens, device=self.device)
         with torch.no_grad():
-            seconds, peak = self.timed(lambda: pair.forward(*whole, call))
-            one = {"seconds": seconds, "peak": peak}
-            self.record("one process", backend, tokens, seconds, peak, one,
-                        self.error(pair.forward(*whole, call)[0], every, rows, exact))
-            # From here on a rank holds its shard only, so that the peak is that of the scheme.
+            schemes = [Scheme("one process", lambda: pair.forward(*whole, call)[0])]
+            self.prove(schemes[0], every, truth)
+            # A rank of a scheme holds its shard only.
             whole.clear()
-            for scheme, parallel in self.parallel.items():
+            for name, parallel in self.parallel.items():
+                self.held = self.allocated()
                 local = [shard(tensor, parallel) for tensor in self.inputs(tokens)]
-                self.scheme(scheme, tokens, parallel, pair, local, shard(every[None], parallel)[0], one,
-                            (rows, exact))
-                del local
-            self.peers(backend, tokens, one, (rows, exact))
+                schemes += self.own(name, backend, tokens, parallel, pair, local, shard(every[None], parallel)[0], truth)
+            schemes += self.peers(backend, tokens, truth)
+            whole.extend(self.inputs(tokens))
+            times = self.in_turns([run for scheme in schemes for run in (scheme.run, scheme.communicate) if run])
+            for scheme in schemes:
+                scheme.seconds = times.pop(0)
+                scheme.moving = times.pop(0) if scheme.communicate else None
+        for scheme in schemes:
+            self.record(scheme, schemes[0], backend, tokens)
 
-    def scheme(self, scheme: str, tokens: int, parallel: ContextParallel, pair: Any, local: list[Tensor],
-               positions: Tensor, one: dict[str, float], truth: tuple[Tensor, Tensor]) -> None:
-        """One of this project's schemes."""
-        causal = self.arguments.causal
+    def prove(self, scheme: Scheme, positions: Tensor, truth: tuple[Tensor, Tensor]) -> Scheme:
+        """Its peak and its error."""
+        scheme.peak = self.peak(scheme.run)
+        scheme.error = self.error(scheme.run(), positions, *truth)
+        return scheme
+
+    def own(self, name: str, backend: str, tokens: int, parallel: ContextParallel, pair: Any, local: list[Tensor],
+            positions: Tensor, truth: tuple[Tensor, Tensor]) -> list[Scheme]:
+        """One of this project's schemes; none where it refuses the call."""
 
         def attend(kernel: Any) -> Tensor:
-            return context_parallel_attention(*local, parallel=parallel, pair=kernel, is_causal=causal)
+            return context_parallel_attention(*local, parallel=parallel, pair=kernel, is_causal=self.arguments.causal)
 
         try:
-            seconds, peak = self.timed(lambda: attend(pair))
-            moved, _ = self.timed(lambda: attend(NoKernel()))
-            error = self.error(attend(pair), positions, *truth)
+            scheme = self.prove(Scheme(name, lambda: attend(pair), lambda: attend(NoKernel())), positions, truth)
         except AttentionDispatchError as refusal:
-            self.skip(scheme, pair.name, tokens, refusal)
-        else:
-            ideal = one["seconds"] / self.world
-            overlap = max(0.0, min(1.0, 1 - (seconds - ideal) / moved)) if moved else 1.0
-            self.record(scheme, pair.name, tokens, seconds, peak, one, error, overlap, self.predicted(scheme, tokens, one))
-            plan, _ = list(parallel.plans.values())[-1]
-            self.rows[-1]["head chunks"] = len(plan.chunks)
+            self.skip(name, backend, tokens, refusal)
+            return []
+        plan, _ = list(parallel.plans.values())[-1]
+        scheme.chunks = len(plan.chunks)
+        return [scheme]
 
-    def predicted(self, scheme: str, tokens: int, one: dict[str, float]) -> float:
+    def predicted(self, scheme: str, tokens: int, one_process_s: float) -> float:
         """Seconds by the alpha-beta model with the kernel speed measured on one process."""
         work = 4.0 * tokens * tokens * self.arguments.heads * self.arguments.head_dim
         work /= 2 if self.arguments.causal else 1
         link = None if self.cuda else Link(2e9, 100e-6)
         plan = plan_parallelism(tokens, self.arguments.heads, self.arguments.kv_heads, self.world,
                                 head_dim=self.arguments.head_dim, element_size=self.dtype.itemsize,
-                                is_causal=self.arguments.causal, tflops=work / one["seconds"] / 1e12, link=link)
+                                is_causal=self.arguments.causal, tflops=work / one_process_s / 1e12, link=link)
         wanted = (self.world, 1) if scheme == "ring" else (1, self.world)
         return next(e.total_s for e in plan.estimates if (e.ring, e.ulysses) == wanted)
 
-    def peers(self, backend: str, tokens: int, one: dict[str, float], truth: tuple[Tensor, Tensor]) -> None:
+    def peers(self, backend: str, tokens: int, truth: tuple[Tensor, Tensor]) -> list[Scheme]:
         """diffusers' context parallelism with its kernel of the same name."""
         if self.arguments.causal or not self.cuda or self.arguments.heads != self.arguments.kv_heads:
-            return
+            return []
         try:
             from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
             from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
         except ImportError as error:
             self.skip("diffusers", backend, tokens, error)
-            return
+            return []
         if backend not in {member.value for member in AttentionBackendName}:
-            return
+            return []
         parallel = self.parallel["ulysses"]
+        self.held = self.allocated()
         local = [shard(tensor, parallel).clone() for tensor in self.inputs(tokens)]
         positions = shard(torch.arange(tokens, device=self.device)[None], parallel)[0]
-        for scheme, shape in (("ulysses", (1, self.world)), ("ring", (self.world, 1))):
+        found = []
+        for name, shape in (("ulysses", (1, self.world)), ("ring", (self.world, 1))):
             mesh = dist.device_mesh.init_device_mesh("cuda", shape, mesh_dim_names=("ring", "ulysses"))
             inner = ContextParallelConfig(ring_degree=shape[0], ulysses_degree=shape[1], mesh=mesh)
             config = ParallelConfig(context_parallel_config=inner)
@@ -230,12 +266,10 @@ class Bench:
                 return dispatch_attention_fn(*local, backend=AttentionBackendName(backend), parallel_config=config)
 
             try:
-                seconds, peak = self.timed(attend)
+                found.append(self.prove(Scheme(f"diffusers {name}", attend), positions, truth))
             except Exception as error:  # another project's failure is its result here
-                self.skip(f"diffusers {scheme}", backend, tokens, error)
-                continue
-            self.record(f"diffusers {scheme}", backend, tokens, seconds, peak, one,
-                        self.error(attend(), positions, *truth))
+                self.skip(f"diffusers {name}", backend, tokens, error)
+        return found
 
     def skip(self, scheme: str, backend: str, tokens: int, error: Exception) -> None:
         """Note what was not measured, and why."""
@@ -244,16 +278,21 @@ class Bench:
         if self.rank == 0:
             print(f"{scheme:18} {backend:16} {tokens:8d}  not measured: {text}", flush=True)
 
-    def record(self, scheme: str, backend: str, tokens: int, seconds: float, peak: float, one: dict[str, float],
-               error: float, overlap: float | None = None, predicted: float | None = None) -> None:
+    def record(self, scheme: Scheme, one: Scheme, backend: str, tokens: int) -> None:
         """Keep a row and print it on rank 0."""
         declared = row_for(registry.get(backend).capabilities, self.device.type)
-        right = error < max(ERROR_LIMIT, declared.tolerance.relative_l2 if declared is not None else 0.0)
-        ranks = 1 if scheme == "one process" else self.world
-        row = {"scheme": scheme, "backend": backend, "tokens": tokens, "ms": seconds * 1e3,
-               "efficiency": one["seconds"] / seconds / ranks if right else None, "peak GB": peak / 1e9,
-               "peak/one": peak / one["peak"] if one["peak"] else None, "overlap": overlap, "error": error,
-               "predicted ms": None if predicted is None else predicted * 1e3}
+        right = scheme.error < max(ERROR_LIMIT, declared.tolerance.relative_l2 if declared is not None else 0.0)
+        ranks = 1 if scheme is one else self.world
+        overlap = predicted = None
+        if scheme.moving is not None:
+            overlap = max(0.0, min(1.0, 1 - (scheme.seconds - one.seconds / ranks) / scheme.moving))
+            predicted = self.predicted(scheme.name, tokens, one.seconds) * 1e3
+        row = {"scheme": scheme.name, "backend": backend, "tokens": tokens, "ms": scheme.seconds * 1e3,
+               "efficiency": one.seconds / scheme.seconds / ranks if right else None, "peak GB": scheme.peak / 1e9,
+               "peak/one": scheme.peak / one.peak if one.peak else None, "overlap": overlap, "error": scheme.error,
+               "predicted ms": predicted}
+        if scheme.chunks:
+            row["head chunks"] = scheme.chunks
         self.rows.append(row)
         if self.rank == 0:
             if len([r for r in self.rows if "ms" in r]) == 1:
@@ -263,7 +302,7 @@ class Bench:
             formats = ("10.3f", "7.3f", "8.3f", "8.3f", "7.2f", "8.1e", "10.3f")
             text = [f"{'-':>{form.split('.')[0]}}" if cell is None else format(cell, form)
                     for cell, form in zip(cells, formats)]
-            print(f"{scheme:18} {backend:16} {tokens:8d} " + " ".join(text) + ("" if right else "  WRONG"), flush=True)
+            print(f"{scheme.name:18} {backend:16} {tokens:8d} " + " ".join(text) + ("" if right else "  WRONG"), flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -279,13 +318,18 @@ def measure(arguments: argparse.Namespace) -> None:
         for backend in arguments.backends or (("_native_cudnn", "_native_flash", "triton_flash") if cuda
                                               else ("_native_flash",)):
             bench.run(tokens, backend)
+            save(bench, arguments)
+    dist.destroy_process_group()
+
+
+def save(bench: Bench, arguments: argparse.Namespace) -> None:
+    """The rows so far, so that a run that is cut off leaves them."""
     if arguments.json and bench.rank == 0:
-        machine = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+        machine = torch.cuda.get_device_name() if bench.cuda else platform.processor() or platform.machine()
         Path(arguments.json).write_text(json.dumps({
             "date": str(date.today()), "machine": f"{bench.world} x {machine}", "torch": torch.__version__,
             "heads": arguments.heads, "kv_heads": arguments.kv_heads, "head_dim": arguments.head_dim,
             "causal": arguments.causal, "dtype": str(bench.dtype), "rows": bench.rows}, indent=1))
-    dist.destroy_process_group()
 
 
 def main() -> None:
