@@ -2,8 +2,9 @@
 
     python benchmarks/kernels.py [--shapes 1x16384x24x128 ...] [--json out.json] [--plot out.png] [--quick]
 
-All kernels of a shape are timed in turns within one run, so that clocks and neighbours weigh on each alike. Quantised kernels
-are timed end to end, quantisation included. Times are medians over CUDA-event timings; TFLOP/s counts 4·B·H·Sq·Sk·D, halved
+All kernels of a shape are timed in turns within one run, so that clocks and neighbours weigh on each alike, and each timing
+starts after a rest (`--rest`, 0.15 s): long calls reach the power limit of an H100 within tens of milliseconds, its clock then
+falls by up to a quarter, and without a rest a kernel pays for the one before it. `--rest 0` shows that. Quantised kernels are timed end to end, quantisation included. Times are medians over CUDA-event timings; TFLOP/s counts 4·B·H·Sq·Sk·D, halved
 under a causal mask, times 3.5 for forward and backward. K carries a per-channel offset of 2σ, as diffusion transformers' keys
 do. Errors are relative L2 against float64 on one head; a kernel whose error exceeds its tolerance gets no speed-up.
 Besides torch's kernels, `sageattention` and `flash_attn_interface` (FlashAttention-3) are measured where they are installed.
@@ -28,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EXACT_TOLERANCE = 5e-3
 TOLERANCE = {"triton_sage": 5e-2, "triton_sage_fp16": 2e-2, "sageattention": 5e-2}
-ROUNDS = 7
+ROUNDS = 5
 # So that the figure of a kernel that runs for milliseconds does not rest on single calls between pauses.
 LEAST_CALLS = 5
 
@@ -164,14 +165,28 @@ def milliseconds(run: Callable[[], Any], budget_ms: float) -> float:
     return do_bench(run, warmup=math.ceil(budget_ms / 5), rep=math.ceil(budget_ms), return_mode="median")
 
 
-def in_turns(runs: Sequence[Callable[[], Any]], budget_ms: float) -> list[float]:
+class Pace(NamedTuple):
+    """Milliseconds to spend on each kernel of a shape, and seconds of rest before each of its timings."""
+
+    budget_ms: float
+    rest_s: float
+
+
+def in_turns(runs: Sequence[Callable[[], Any]], pace: Pace) -> list[float]:
     """For each of `runs` the median over ROUNDS of its time, in ms; all are timed once in every round."""
-    budgets = [max(budget_ms / ROUNDS, LEAST_CALLS * milliseconds(run, 1)) for run in runs]
-    rounds = [[milliseconds(run, budget) for run, budget in zip(runs, budgets)] for _ in range(ROUNDS)]
+    budgets = [max(pace.budget_ms / ROUNDS, LEAST_CALLS * milliseconds(run, 1)) for run in runs]
+    rounds = []
+    for _ in range(ROUNDS):
+        times = []
+        for run, budget in zip(runs, budgets):
+            torch.cuda.synchronize()
+            time.sleep(pace.rest_s)
+            times.append(milliseconds(run, budget))
+        rounds.append(times)
     return [statistics.median(times) for times in zip(*rounds)]
 
 
-def measure(shape: Shape, kernels: dict[str, Kernel], budget_ms: float) -> list[dict[str, Any]]:
+def measure(shape: Shape, kernels: dict[str, Kernel], pace: Pace) -> list[dict[str, Any]]:
     query, key, value, padding = make_inputs(shape)
     rows, want = float64_rows(query, key, value, shape, padding)
     results: list[dict[str, Any]] = []
@@ -204,7 +219,7 @@ def measure(shape: Shape, kernels: dict[str, Kernel], budget_ms: float) -> list[
         results.append(
             {"shape": str(shape), "kernel": name, "error": error_norm, "cosine": cosine, "first_call_s": first_call, "peak_bytes": peak}
         )
-    for result, ms in zip(results, in_turns(runs, budget_ms)):
+    for result, ms in zip(results, in_turns(runs, pace)):
         result["ms"] = ms
         result["tflops"] = shape.flops / result["ms"] / 1e9
     return with_speedups(results)
@@ -220,7 +235,7 @@ def with_speedups(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
-def measure_backward(shape: Shape, budget_ms: float) -> list[dict[str, Any]]:
+def measure_backward(shape: Shape, pace: Pace) -> list[dict[str, Any]]:
     query, key, value, _ = make_inputs(shape)
     leaves = [x.requires_grad_() for x in (query, key, value)]
     kernels = {
@@ -249,7 +264,7 @@ def measure_backward(shape: Shape, budget_ms: float) -> list[dict[str, Any]]:
         )
         runs.append(run)
         results.append({"shape": f"{shape} fwd+bwd", "kernel": name, "error": error})
-    for result, ms in zip(results, in_turns(runs, budget_ms)):
+    for result, ms in zip(results, in_turns(runs, pace)):
         result["ms"] = ms
         result["tflops"] = 3.5 * shape.flops / result["ms"] / 1e9
         result["right"] = result["error"] <= 2e-2
@@ -266,8 +281,8 @@ def show(results: list[dict[str, Any]]) -> None:
         print(f"  {r['kernel']:17s} {r['tflops']:6.0f} TFLOP/s  {r['ms']:8.3f} ms  error {r['error']:.1e}  {speedup}{extra}")
 
 
-def plot(path: str, kernels: dict[str, Kernel], budget_ms: float) -> list[dict[str, Any]]:
-    """TFLOP/s by length, one line per kernel, head_dim 128 and 64 side by side."""
+def plot(path: str, kernels: dict[str, Kernel], pace: Pace, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """TFLOP/s by length, one line per kernel, head_dim 128 and 64 side by side; measures the shapes that `known` lacks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -278,9 +293,13 @@ def plot(path: str, kernels: dict[str, Kernel], budget_ms: float) -> list[dict[s
     for axis, head_dim in zip(axes, (128, 64)):
         lines: dict[str, list[tuple[int, float]]] = {}
         for length in PLOT_LENGTHS:
-            for result in measure(Shape(1, length, length, 24, head_dim), kernels, budget_ms):
-                everything.append(result)
-                if result["right"]:
+            shape = Shape(1, length, length, 24, head_dim)
+            results = [result for result in known if result["shape"] == str(shape)]
+            if not results:
+                results = measure(shape, kernels, pace)
+                everything.extend(results)
+            for result in results:
+                if result["right"] and result["kernel"] in kernels:
                     lines.setdefault(result["kernel"], []).append((length, result["tflops"]))
         for name, points in lines.items():
             axis.plot(*zip(*points), marker="o", label=name)
@@ -302,13 +321,14 @@ def main() -> None:
     parser.add_argument("--json", help="write every result to this file")
     parser.add_argument("--plot", help="write TFLOP/s by length to this PNG")
     parser.add_argument("--quick", action="store_true", help="a tenth of the repetitions")
+    parser.add_argument("--rest", type=float, default=0.15, metavar="S", help="seconds without work before each timing")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py needs a CUDA GPU; this machine has none")
     import triton
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
-    budget_ms = 40.0 if arguments.quick else 300.0
+    pace = Pace(40.0 if arguments.quick else 300.0, arguments.rest)
     kernels: dict[str, Kernel] = {
         "cudnn": torch_kernel(SDPBackend.CUDNN_ATTENTION),
         "aten flash": torch_kernel(SDPBackend.FLASH_ATTENTION),
@@ -321,23 +341,24 @@ def main() -> None:
     def record(results: list[dict[str, Any]]) -> None:
         everything.extend(results)
         if arguments.json:
-            versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+            versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "rest_s": pace.rest_s}
             with open(arguments.json, "w") as file:
                 json.dump({**versions, "results": everything}, file, indent=1)
 
     for shape in arguments.shapes or SHAPES:
         print(shape, flush=True)
-        results = measure(shape, kernels, budget_ms)
+        results = measure(shape, kernels, pace)
         show(results)
         record(results)
     if not arguments.shapes:
         for shape in BACKWARD_SHAPES:
             print(f"{shape} forward and backward", flush=True)
-            results = measure_backward(shape, budget_ms)
+            results = measure_backward(shape, pace)
             show(results)
             record(results)
     if arguments.plot:
-        record(plot(arguments.plot, {k: v for k, v in kernels.items() if k != "aten efficient"}, budget_ms / 2))
+        drawn = {name: kernel for name, kernel in kernels.items() if name != "aten efficient"}
+        record(plot(arguments.plot, drawn, pace._replace(budget_ms=pace.budget_ms / 2), everything))
 
 
 if __name__ == "__main__":
