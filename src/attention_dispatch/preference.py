@@ -56,7 +56,8 @@ ORDERS: dict[str, Order] = {
         "triton_flash 433, cuDNN 268; 8-bit at 16384 triton_sage 820, sage 765; at 1024 triton_sage 74; forward and "
         "backward at 4096 cuDNN 577, triton_flash 426",
         plain=("_flash_3",),
-        padded=("triton_flash",),
+        # At 1x4250, the last quarter padded, eager: FlashAttention-3 packed 381 us, triton_flash 504, native 673.
+        padded=("_flash_varlen_3", "triton_flash"),
         # At 1x1024 and 1x2048 the host decides: FlashAttention-3 235 and 622 against cuDNN's 365 and 591, with head_dim 64
         # 63 and 245 against 139 and 415. From 1x4096 and 32768x512 on it was faster wherever it was measured.
         first_from=4096 * 4096,
