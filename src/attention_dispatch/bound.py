@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from .call import AttentionCall, AttentionOutput, CallSpec
 from .masks import Mask, normalise
 from .request import Request
-from .resolve import Plan
+from .resolve import Plan, limits_on
 from .tuning import store
 
 # Called with query, key, value, and the caller's mask if the call has one.
@@ -69,8 +69,8 @@ def short_way(plan: Plan, request: Request, call: AttentionCall, spec: CallSpec,
     """
     backend = plan.backend
     run = None if backend.bind is None else backend.bind(call)
-    if run is not None and request.mode == "demand":
-        # One backend, whatever else is true of a call; and its kernel checks its own arguments.
+    if run is not None and request.mode == "demand" and not limits_on(backend, spec._replace(grad=True)):
+        # One backend, which runs these calls with gradients too; and its kernel checks its own arguments.
         return run
     choices = known if isinstance(known, Choices) else Choices(spec.device)
     if run is None:

@@ -86,11 +86,16 @@ def extent_of(call: AttentionCall) -> Extent:
 def verdict_on(name: str, spec: CallSpec) -> Verdict:
     """Capable, available, and proven on first use: all reasons why a backend cannot run calls with these facts."""
     backend = registry.get(name)
-    capable = (*reasons_against(backend.capabilities, spec), *_joint_limits(backend, spec))
+    capable = limits_on(backend, spec)
     if capable:
         # Not capable is known without loading a vendor package, and is the more useful answer.
         return Verdict(name, capable)
     return Verdict(name, registry.status(name).reasons or self_test.reasons(backend, spec))
+
+
+def limits_on(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
+    """What the backend declares against such calls, whether it is installed or not."""
+    return (*reasons_against(backend.capabilities, spec), *_joint_limits(backend, spec))
 
 
 def _joint_limits(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:

@@ -74,3 +74,14 @@ def test_the_switches_of_a_package_say_nothing_of_a_hub_build(on_cpu, built_with
     query, key, value = tensors(requires_grad=True)
     dispatch_attention_fn(query, key, value, backend="_flash_3_hub").sum().backward()
     assert query.grad is not None and query.grad.abs().max() > 0
+
+
+def test_gradients_are_refused_after_calls_without_as_before_them(on_cpu, built_without):
+    on_cpu("_flash_3", FIRST["_flash_3"])
+    built_without("BACKWARD")
+    registry.forget_status("_flash_3")
+    query, key, value = tensors()
+    for _ in range(3):
+        dispatch_attention_fn(query, key, value, backend="_flash_3")
+    with pytest.raises(BackendRejectedError, match="BACKWARD"):
+        dispatch_attention_fn(query, key, value.requires_grad_(), backend="_flash_3")
