@@ -7,7 +7,7 @@ import torch
 
 from attention_dispatch import Backend, list_backends
 from attention_dispatch.backends.reference import CAPABILITIES, attention
-from attention_dispatch.capabilities import Capabilities
+from attention_dispatch.capabilities import Capabilities, Tolerance
 from attention_dispatch.testing import (
     WRONG_BACKENDS,
     ConformanceError,
@@ -16,6 +16,9 @@ from attention_dispatch.testing import (
     conformance_cases,
     poisoned_memory,
 )
+from attention_dispatch.testing.cases import build
+from attention_dispatch.testing.oracle import eight_bit_attention, exact_attention
+from attention_dispatch.testing.tolerances import declared_difference, declared_lse_difference
 from attention_dispatch.testing.wrong_backends import HONEST_BACKEND
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +132,23 @@ def test_the_oracle_agrees_with_torch_where_both_are_defined():
     scores = (swapped[0] @ swapped[1].mT * 0.4).masked_fill(~keep, float("-inf"))
     assert torch.allclose(out.transpose(1, 2), expected, rtol=0, atol=1e-12)
     assert torch.allclose(lse, scores.logsumexp(-1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["causal_lse", "large_scores"])
+def test_a_declared_tolerance_grows_with_the_scores_and_not_otherwise(name):
+    inputs = build(CASES[name], "cpu")
+    exact, rounded = exact_attention(CASES[name], inputs), eight_bit_attention(CASES[name], inputs)
+    declared = Tolerance(0.03, 0.999)
+    inevitable = float((rounded.out - exact.out).norm() / exact.out.norm())
+    assert (inevitable > 0.03) == (name == "large_scores")
+    allowed = max(0.03, 2 * inevitable)
+    for share in (0.95, 1.05):
+        noise = torch.randn(exact.out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        wrong = exact.out + noise * (share * allowed * exact.out.norm() / noise.norm())
+        assert (declared_difference(wrong, exact.out, rounded.out, declared) is None) == (share < 1)
+    worst = max(0.1, 2 * float((rounded.lse - exact.lse).abs().max()))
+    assert declared_lse_difference(exact.lse + 0.95 * worst, exact.lse, rounded.lse) is None
+    assert declared_lse_difference(exact.lse + 1.05 * worst, exact.lse, rounded.lse) is not None
 
 
 def test_poisoned_memory_reaches_torch_empty_and_is_taken_away():

@@ -18,6 +18,9 @@ Lengths = Literal["none", "equal", "fewer_queries", "any"]
 class Tolerance:
     """How far results may lie from exact attention. Zeros mean: within twice torch's own error in the same dtype.
 
+    Anything else is for kernels with 8-bit q and k. It holds for scores of ordinary size (a standard deviation of about
+    1); larger scores amplify the rounding, and there twice the error of exact attention on 8-bit q and k is allowed.
+
     Attributes:
         relative_l2: largest ||out - exact|| / ||exact||.
         cosine: smallest cosine similarity with the exact output.

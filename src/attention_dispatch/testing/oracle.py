@@ -104,6 +104,21 @@ def exact_attention(case: Case, inputs: Inputs, dtype: torch.dtype = torch.float
     return Exact(out.detach(), lse.detach(), grads)
 
 
+def eight_bit_attention(case: Case, inputs: Inputs) -> Exact:
+    """Exact attention of q and k rounded to INT8, with one scale per head, the coarsest that vendors use.
+
+    The mean of k over the tokens is taken off first, as they do; it changes no weight.
+    """
+    query, key = inputs.query.detach().double(), inputs.key.detach().double()
+    mean = key.mean(1, keepdim=True)
+    return exact_attention(case, inputs._replace(query=_to_int8(query), key=_to_int8(key - mean) + mean))
+
+
+def _to_int8(tensor: Tensor) -> Tensor:
+    step = (tensor.abs().amax((1, 3), keepdim=True) / 127).clamp_min(1e-30)
+    return (tensor / step).round() * step
+
+
 def differentiated(case: Case, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Of (query, key, value, bias) those whose gradients a case asks for."""
     query, key, value, bias = tensors
