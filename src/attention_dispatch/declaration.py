@@ -51,7 +51,7 @@ class Backend:
         bind: ``call -> function(query, key, value)`` or None: the shortest path for calls of one shape without a
             mask, for backends whose kernel checks its own arguments.
         kernel: which kernel will run a call, where the backend chooses between several.
-        external: not part of torch or of this project, so its first result is checked numerically.
+        external: not part of torch: built elsewhere or compiled on this machine, so its first result is checked numerically.
         url: upstream.
         summary: one line for tables.
     """

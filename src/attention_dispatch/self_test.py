@@ -1,7 +1,8 @@
-"""The first-use check of kernels that are not ours: a tiny call against the oracle, with poisoned memory.
+"""The first-use check of kernels that are not torch's: tiny calls against the oracle, with poisoned memory.
 
 A version does not vouch for a build (a released SageAttention writes nothing on Hopper, and the repaired one carries
-the same version), so each kernel is asked once per (device, dtype, head dims) and process; the verdict is kept.
+the same version), nor does a test on one machine for what Triton compiles on another; so each kernel is asked once per
+(device, dtype, head dims) and process, and the verdict is kept.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _lock = threading.RLock()
 
 
 def reasons(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
-    """Why an external kernel that is available must not be trusted with calls like this one; empty when it passed.
+    """Why an available kernel that is not torch's must not be trusted with calls like this one; empty when it passed.
 
     Runs the kernel on first use. Answers nothing, and keeps nothing, where it cannot run now: on a device that is not
     here, or while a CUDA graph is captured.
@@ -61,10 +62,19 @@ def _can_run_now(spec: CallSpec) -> bool:
 
 
 def _test(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
-    call = _allowed_call(backend, spec)
-    if call is None:
-        return ()
-    fix = f"reinstall the package of {backend.name!r} for this torch and GPU, or use another backend."
+    for call in _allowed_calls(backend, spec):
+        problem = _problem(backend, spec, call)
+        if problem is not None:
+            what = f"its first-use self-test failed{' with a mask' if call.mask is not None else ''}: {problem}"
+            fix = (
+                f"reinstall what {backend.name!r} is built with (its package, or Triton) for this torch and GPU, or use "
+                "another backend."
+            )
+            return (Reason("self_test", what, fix),)
+    return ()
+
+
+def _problem(backend: Backend, spec: CallSpec, call: AttentionCall) -> str | None:
     try:
         with unset_fake_temporarily(), torch.no_grad():
             expected = attention(call)
@@ -73,25 +83,25 @@ def _test(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
             problem = _difference(backend, spec, actual.out, expected.out)
             if problem is None and expected.lse is not None:
                 problem = _lse_difference(actual.lse, expected.lse)
-    except Exception as error:  # whatever a vendor's kernel raises on a call it declared to serve is the finding
-        problem = f"it raised {type(error).__name__}: {error}"
-    return () if problem is None else (Reason("self_test", f"its first-use self-test failed: {problem}", fix),)
+    except Exception as error:  # whatever a kernel raises on a call it declared to serve is the finding
+        return f"it raised {type(error).__name__}: {error}"
+    return problem
 
 
-def _allowed_call(backend: Backend, spec: CallSpec) -> AttentionCall | None:
-    """The richest tiny call that the declared capabilities allow."""
+def _allowed_calls(backend: Backend, spec: CallSpec) -> list[AttentionCall]:
+    """Tiny calls with key padding and without, where the capabilities allow them: they may be different kernels."""
     row = row_for(backend.capabilities, spec.device)
     if row is None:
-        return None
-    for masked in (True, False):
+        return []
+    calls = []
+    for masked in (True, False) if "key_padding" in row.masks else (False,):
         for lse in (True, False):
-            if masked and "key_padding" not in row.masks:
-                continue
             call = _call(spec, masked, lse)
             facts = spec_of(call)
             if not reasons_against(backend.capabilities, facts) and not backend.extra_reasons(facts):
-                return call
-    return None
+                calls.append(call)
+                break
+    return calls
 
 
 def _call(spec: CallSpec, masked: bool, lse: bool) -> AttentionCall:

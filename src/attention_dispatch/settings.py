@@ -59,7 +59,7 @@ def cache_dir() -> str | None:
 
 
 def self_test_enabled() -> bool:
-    """Whether external kernels are checked numerically before their first use."""
+    """Whether kernels that are not torch's are checked numerically before their first use."""
     return (os.environ.get("ATTENTION_DISPATCH_SELF_TEST") or "1").lower() not in _FALSE
 
 
