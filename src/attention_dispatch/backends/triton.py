@@ -17,6 +17,7 @@ from ..call import AttentionCall, AttentionOutput
 from ..capabilities import Capabilities, Tolerance
 from ..errors import InvalidCallError, Reason
 from ..registry import Backend
+from ..tuning import store
 from . import source
 from .source import Package
 
@@ -62,6 +63,16 @@ _SAGE_FP16 = _capabilities(_HALF, quantised=True, tolerance=_FP16_VALUES)
 def _load() -> None:
     # Imports Triton.
     from ..kernels import ops  # noqa: F401
+
+    _follow_store()
+    if _follow_store not in store.on_change:
+        store.on_change.append(_follow_store)
+
+
+def _follow_store() -> None:
+    from ..tuning.tiles import follow_store
+
+    follow_store("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _probe(rows: tuple[Capabilities, ...]) -> Callable[[], tuple[Reason, ...]]:

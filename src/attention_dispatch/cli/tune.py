@@ -13,7 +13,7 @@ import torch
 
 from .. import dispatch_attention_fn, tuning
 from ..masks import Mask
-from ..tuning import shapes, store
+from ..tuning import shapes, store, tiles
 from . import calls, console
 
 HELP = "measure which backend is fastest for given calls and keep the result, which auto then follows"
@@ -32,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this command."""
     calls.add_flags(parser)
     parser.add_argument("--quantised", action="store_true", help="also measure 8-bit backends, for auto_quantized")
+    parser.add_argument("--tiles", action="store_true", help="also measure tile shapes of triton_flash and triton_sage")
     parser.add_argument("--again", action="store_true", help="measure what is in the store already")
     parser.add_argument("--policy", choices=store.POLICIES, default="eager")
     parser.add_argument("--budget", type=float, default=0.2, metavar="S", help="seconds per backend and call")
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         return _show(options, device.type)
     if options.export:
         options.export.write_text(json.dumps(store.export(device.type), indent=1, sort_keys=True), encoding="utf-8")
-        count = len(store.entries(device.type))
+        count = len(store.entries(device.type)) + len(store.tiles(device.type))
         return _done(options, {"measurements": count, "file": str(options.export)}, f"{count} measurements written")
     if options.adopt:
         count = store.adopt(json.loads(options.adopt.read_text(encoding="utf-8")))
@@ -60,7 +61,13 @@ def run(options: argparse.Namespace) -> int:
     wanted = calls.wanted(options)
     if not wanted and not options.script:
         raise ValueError("say what to measure: --model NAME, --shapes FILE, --seq N, or -- python script.py.")
-    scope = tuning(quantised=options.quantised, again=options.again, policy=options.policy, budget_s=options.budget)
+    scope = tuning(
+        quantised=options.quantised,
+        again=options.again,
+        policy=options.policy,
+        budget_s=options.budget,
+        tiles=options.tiles,
+    )
     with scope:
         with console.progress("measuring", len(wanted)) as advance:
             for shape in wanted:
@@ -125,10 +132,12 @@ def _run_script(command: list[str]) -> None:
 def _report(options: argparse.Namespace, scope: tuning, device: str) -> None:
     if options.json:
         entries = store.entries(device)
-        print(json.dumps({found.key: entries.get(found.key) for found in scope.measurements}, indent=2))
+        measured = {found.key: entries.get(found.key) for found in scope.measurements}
+        shapes_of_tiles = {str(found.key): tiles.as_entry(found) for found in scope.tiles}
+        print(json.dumps({**measured, **shapes_of_tiles}, indent=2))
         return
     print(scope)
-    if scope.measurements:
+    if scope.measurements or scope.tiles:
         print(f"\nstored in {store.path(device)}", file=sys.stderr)
     elif options.script:
         print(
@@ -156,6 +165,14 @@ def _show(options: argparse.Namespace, device: str) -> int:
             )
         )
     console.table(("auto", "auto_quantized", "x static", "measured", "call"), rows)
+    stored = store.tiles(device)
+    if stored:
+        print()
+        console.table(
+            ("tile of", "tile", "us", "us before", "measured"),
+            [(key, tiles.in_words(e["tile"]), str(e.get("us", "")), str(e.get("before_us", "")), e.get("measured", ""))
+             for key, e in sorted(stored.items())],
+        )  # fmt: skip
     verdicts = store.verdicts(device)
     if verdicts:
         print()

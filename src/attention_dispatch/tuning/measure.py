@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -17,6 +17,10 @@ _MIN_ROUNDS = 5
 _MAX_ROUNDS = 40
 # Who needs this many times as long as the best at the first look is not timed further.
 _HOPELESS = 4.0
+
+
+# The name of a way to do the thing.
+Way = TypeVar("Way", bound=Hashable)
 
 
 class Timing(NamedTuple):
@@ -32,8 +36,8 @@ class Timing(NamedTuple):
 
 
 def measure(
-    ways: Mapping[str, Callable[[], object]], device: torch.device, budget_s: float = 0.2, policy: str = "eager"
-) -> dict[str, Timing]:
+    ways: Mapping[Way, Callable[[], object]], device: torch.device, budget_s: float = 0.2, policy: str = "eager"
+) -> dict[Way, Timing]:
     """Time each of ``ways``.
 
     Args:
@@ -55,7 +59,7 @@ def measure(
         return {}
     best = min(first.values())
     shortest = _SAMPLE_S if device.type == "cpu" else _DEVICE_SAMPLE_S
-    samples: dict[str, list[float]] = {name: [seconds] for name, seconds in first.items()}
+    samples: dict[Way, list[float]] = {name: [seconds] for name, seconds in first.items()}
     running = [name for name in ways if first[name] <= _HOPELESS * best or first[name] < _SAMPLE_S]
     repeats = {name: max(1, min(1000, round(shortest / max(first[name], 1e-7)))) for name in running}
     per_round = sum(first[name] * repeats[name] for name in running)
@@ -67,6 +71,14 @@ def measure(
         for name in running if turn % 2 == 0 else reversed(running):
             samples[name].append(_sample(ways[name], device, repeats[name]))
     return {name: _timing(values) for name, values in samples.items()}
+
+
+def fastest(times: Mapping[Way, Timing], incumbent: Way, margin: float) -> Way:
+    """The fastest, if it beats the incumbent by more than the margin and the spread of both; else the incumbent."""
+    best = min(times, key=lambda name: times[name].median_us)
+    held, found = times[incumbent], times[best]
+    noise = max(margin * held.median_us, min(held.spread_us, found.spread_us) / 2)
+    return best if held.median_us - found.median_us > noise else incumbent
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:

@@ -14,9 +14,10 @@ from ..call import AttentionCall, AttentionOutput, CallSpec, describe
 from ..registry import Backend
 from ..request import current
 from ..resolve import extent_of
-from . import exactness, store
+from . import exactness, store, tiles
 from .candidates import candidates, gradients, runner
-from .measure import Timing, measure
+from .measure import Timing, fastest, measure
+from .tiles import TileMeasurement, measure_tiles
 
 # A newcomer must win by this much before it replaces the static choice: below lies what timings differ by anyway.
 MARGIN = 0.02
@@ -95,14 +96,6 @@ def measure_call(
     return Measurement(describe(call, spec), key, choice, low, static, times, errors, rejected)
 
 
-def fastest(times: dict[str, Timing], incumbent: str, margin: float) -> str:
-    """The fastest, if it beats the incumbent by more than the margin and the spread of both; else the incumbent."""
-    best = min(times, key=lambda name: times[name].median_us)
-    held, found = times[incumbent], times[best]
-    noise = max(margin * held.median_us, min(held.spread_us, found.spread_us) / 2)
-    return best if held.median_us - found.median_us > noise else incumbent
-
-
 def _failure(
     backend: Backend,
     call: AttentionCall,
@@ -162,9 +155,10 @@ class tuning:  # lower case: it is used like a function
         budget_s: seconds to spend on each candidate and kind of call, roughly.
         save: keep the results on disk; False keeps them in this process.
         names: measure these backends only; None takes all that may be the fastest.
+        tiles: first measure tile shapes of this project's Triton kernels, which compiles each of them.
 
     Attributes:
-        measurements: what was measured, in order.
+        measurements: what was measured, in order. tiles: tile shapes likewise.
 
     Raises:
         ValueError: an unknown policy, at construction.
@@ -188,6 +182,7 @@ class tuning:  # lower case: it is used like a function
         budget_s: float = 0.2,
         save: bool = True,
         names: Sequence[str] | None = None,
+        tiles: bool = False,
     ):
         if policy not in store.POLICIES:
             raise ValueError(f"policy must be one of {', '.join(store.POLICIES)}, got {policy!r}.")
@@ -199,6 +194,9 @@ class tuning:  # lower case: it is used like a function
         self.save = save
         self.names = names
         self.measurements: list[Measurement] = []
+        self.tiles: list[TileMeasurement] = []
+        self._wants_tiles = tiles
+        self._tiles: dict[str, dict[str, Any]] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._seen: set[str] = set()
         self._devices: set[str] = set()
@@ -217,11 +215,12 @@ class tuning:  # lower case: it is used like a function
         if kind is None:
             self._agree()
         rank = _rank()
-        for device, entries in self._entries.items():
-            store.add(device, entries, save=self.save and rank == 0)
+        for device in {*self._entries, *self._tiles}:
+            entries, tiles = self._entries.get(device), self._tiles.get(device)
+            store.add(device, entries, tiles=tiles, save=self.save and rank == 0)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.measurements)) or "nothing was measured"
+        return "\n".join(map(str, (*self.tiles, *self.measurements))) or "nothing was measured"
 
     def _observe(self, call: AttentionCall, spec: CallSpec, request: Any, plan: Any, output: Any) -> Any:
         key = store.key(spec, extent_of(call), self.policy)
@@ -229,41 +228,62 @@ class tuning:  # lower case: it is used like a function
             self._seen.add(key)
             self._devices.add(spec.device)
             known = store.entries(spec.device).get(key)
+            if self._wants_tiles:
+                self._quietly(spec, lambda: self._measure_tiles(call, spec))
             if self.again or known is None or (self.quantised and known.get("quantised") is None):
-                self._measure(call, spec)
+                self._quietly(spec, lambda: self._measure(call, spec))
         return output if self._outer is None else self._outer(call, spec, request, plan, output)
 
-    def _measure(self, call: AttentionCall, spec: CallSpec) -> None:
+    def _quietly(self, spec: CallSpec, action: Callable[[], None]) -> None:
+        """Without observing what it calls, and without a trace in the caller's random numbers."""
         state = current.state
         observer, state.observer = state.observer, None
         state.refresh()
         try:
-            # Dropout and random gradients must not shift the caller's random numbers.
             with torch.random.fork_rng(enabled=True, devices=_devices(spec)):
-                found = measure_call(
-                    call,
-                    spec,
-                    quantised=self.quantised,
-                    policy=self.policy,
-                    margin=self.margin,
-                    budget_s=self.budget_s,
-                    names=self.names,
-                )
+                action()
         finally:
             state.observer = observer
             state.refresh()
+
+    def _measure(self, call: AttentionCall, spec: CallSpec) -> None:
+        found = measure_call(
+            call,
+            spec,
+            quantised=self.quantised,
+            policy=self.policy,
+            margin=self.margin,
+            budget_s=self.budget_s,
+            names=self.names,
+        )
         if found is not None:
             self.measurements.append(found)
             names = [name for name in found.times if registry.get(name).quantised]
             self._entries.setdefault(spec.device, {})[found.key] = as_entry(found, spec, names)
 
+    def _measure_tiles(self, call: AttentionCall, spec: CallSpec) -> None:
+        mine = self._tiles.setdefault(spec.device, {})
+        there = {} if self.again else store.tiles(spec.device)
+        for found in measure_tiles(
+            call,
+            spec,
+            known=lambda key: str(key) in mine or str(key) in there,
+            margin=self.margin,
+            budget_s=self.budget_s,
+        ):
+            self.tiles.append(found)
+            mine[str(found.key)] = tiles.as_entry(found)
+
     def _agree(self) -> None:
         """Take over what rank 0 measured, now or before."""
         if not _distributed():
             return
-        box = [{device: {**store.entries(device), **self._entries.get(device, {})} for device in self._devices}]
+        box = [
+            {device: {**store.entries(device), **self._entries.get(device, {})} for device in self._devices},
+            {device: {**store.tiles(device), **self._tiles.get(device, {})} for device in self._devices},
+        ]
         torch.distributed.broadcast_object_list(box, src=0)
-        self._entries = box[0]
+        self._entries, self._tiles = box
 
 
 def _distributed() -> bool:

@@ -148,11 +148,20 @@ def verdict(backend: str, device: str) -> dict[str, Any] | None:
     return found
 
 
+def tiles(device: str) -> dict[str, Any]:
+    """Measured tile shapes of this project's kernels, by what they hold for."""
+    return dict(_content(device)["tiles"])
+
+
 def add(
-    device: str, entries: dict[str, Any] | None = None, verdicts: dict[str, Any] | None = None, save: bool = True
+    device: str,
+    entries: dict[str, Any] | None = None,
+    verdicts: dict[str, Any] | None = None,
+    tiles: dict[str, Any] | None = None,
+    save: bool = True,
 ) -> None:
     """Take over measurements and verdicts, at once for this process and, with ``save``, on disk."""
-    news = {"entries": entries or {}, "verdicts": verdicts or {}}
+    news = {"entries": entries or {}, "verdicts": verdicts or {}, "tiles": tiles or {}}
     with _lock:
         merged = _merge(_content(device), news)
         if save:
@@ -201,8 +210,8 @@ def adopt(data: Any) -> int:
     if differences:
         raise ValueError("it was measured in another environment (" + "; ".join(differences) + "). Tune here instead.")
     valid = _valid(data)
-    add(device, valid["entries"], valid["verdicts"])
-    return len(valid["entries"])
+    add(device, valid["entries"], valid["verdicts"], valid["tiles"])
+    return len(valid["entries"]) + len(valid["tiles"])
 
 
 def reload() -> None:
@@ -244,20 +253,20 @@ def _read(device: str) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"entries": {}, "verdicts": {}}
+        return _valid({})
     except (OSError, ValueError) as error:
         _warn_once(str(file), f"the tuning store {file} cannot be read ({error}); nothing in it is used.")
-        return {"entries": {}, "verdicts": {}}
+        return _valid({})
     right = isinstance(data, dict) and data.get("format") == FORMAT
     if not right or data.get("environment") != environment.manifest(device):
         _warn_once(str(file), f"the tuning store {file} is of another format or environment; nothing in it is used.")
-        return {"entries": {}, "verdicts": {}}
+        return _valid({})
     return _valid(data)
 
 
 def _valid(data: dict[str, Any]) -> dict[str, Any]:
-    """Entries and verdicts that have what readers rely on."""
-    entries, verdicts = data.get("entries"), data.get("verdicts")
+    """Entries, verdicts and tiles that have what readers rely on."""
+    entries, verdicts, tiles = data.get("entries"), data.get("verdicts"), data.get("tiles")
     return {
         "entries": {
             name: entry
@@ -273,11 +282,16 @@ def _valid(data: dict[str, Any]) -> dict[str, Any]:
             for name, found in (verdicts.items() if isinstance(verdicts, dict) else ())
             if isinstance(found, dict) and isinstance(found.get("state"), str)
         },
+        "tiles": {
+            name: entry
+            for name, entry in (tiles.items() if isinstance(tiles, dict) else ())
+            if isinstance(entry, dict) and isinstance(entry.get("tile"), dict)
+        },
     }
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    return {part: {**old[part], **new[part]} for part in ("entries", "verdicts")}
+    return {part: {**old[part], **new[part]} for part in ("entries", "verdicts", "tiles")}
 
 
 def _write(device: str, content: dict[str, Any]) -> None:
