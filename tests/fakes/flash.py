@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import torch
@@ -44,17 +45,47 @@ def flash_4(contract: FunctionContract, record: str, call: SimpleNamespace) -> o
     """FA4: always a pair, the LSE only when asked for or needed; unbounded windows are None, not -1."""
     _check(call, same_value_dim=False)
     _multiple_of_8(call.q.shape[-1], call.v.shape[-1])
-    _untouched(call, "qv", "learnable_sink", "score_mod", "mask_mod", "page_table", "block_sparse_tensors")
+    _untouched(call, "qv", "learnable_sink", "page_table", "block_sparse_tensors")
+    mask_mod, score_mod = getattr(call, "mask_mod", None), getattr(call, "score_mod", None)
+    if call.softcap and score_mod is not None:
+        raise AssertionError("softcap and score_mod cannot be used together")
     if any(bound is not None and bound < 0 for bound in call.window_size):
         raise RuntimeError(f"window_size={call.window_size}: an unbounded side is None")
     window = tuple(-1 if bound is None else bound for bound in call.window_size)
-    out, lse = _run(call, window)
+    if mask_mod is not None or score_mod is not None:
+        # mask_mod takes the place of both.
+        window = (-1, -1) if mask_mod is not None else window
+        out, lse = _run(call, window, bias=_of_functions(call))
+    else:
+        out, lse = _run(call, window)
     needs_lse = call.return_lse or any(tensor.requires_grad for tensor in (call.q, call.k, call.v))
     return out, lse if needs_lse else None
 
 
+def _of_functions(call: SimpleNamespace) -> Tensor:
+    """What mask_mod and score_mod add to the scores (B, H, Q, K); rows of a tile that end beyond the queries are asked too."""
+    (batch, q_len, heads, _), k_len = call.q.shape, call.k.shape[1]
+    added = torch.zeros(batch, heads, q_len, k_len, dtype=torch.float64)
+    for b, h, row, column in itertools.product(range(batch), range(heads), range(q_len + 1), range(k_len)):
+        place = [b], [h], [row], [column]
+        found = 0.0
+        if call.score_mod is not None:
+            found = call.score_mod(
+                torch.zeros(1), *place[:2], q_idx=place[2], kv_idx=place[3], seqlen_info=None, aux_tensors=call.aux_tensors
+            )[0].item()
+        if call.mask_mod is not None and not bool(call.mask_mod(*place, None, call.aux_tensors)[0]):
+            found = float("-inf")
+        if row < q_len:
+            added[b, h, row, column] = found
+    return added
+
+
 def _run(
-    call: SimpleNamespace, window: tuple[int, int], dropout_p: float = 0.0, empty_lse: float = float("-inf")
+    call: SimpleNamespace,
+    window: tuple[int, int],
+    dropout_p: float = 0.0,
+    empty_lse: float = float("-inf"),
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     scale = call.q.shape[-1] ** -0.5 if call.softmax_scale is None else call.softmax_scale
     left, right = window
@@ -71,6 +102,7 @@ def _run(
             softcap=call.softcap,
             dropout_p=dropout_p,
             empty_lse=empty_lse,
+            bias=bias,
         )
 
     if getattr(call, "cu_seqlens_q", None) is None:

@@ -11,6 +11,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from contracts import load_record
 from fakes import xformers
 from fakes.build import FakeCalls, functions
@@ -36,7 +38,15 @@ def installed(record: str, *, version: str | None = None) -> Iterator[FakeCalls]
     if contract.distribution == "xformers":
         _add_xformers_biases(modules)
     root = contract.module.partition(".")[0]
-    saved = {name: module for name, module in sys.modules.items() if name == root or name.startswith(f"{root}.")}
+    roots = {root}
+    if contract.module == "flash_attn.cute":
+        modules.update(_cute_language(modules["flash_attn.cute"]))
+        roots.add("cutlass")
+
+    def is_faked(name: str) -> bool:
+        return name.partition(".")[0] in roots
+
+    saved = {name: module for name, module in sys.modules.items() if is_faked(name)}
     reported = version or _DISTRIBUTION_VERSIONS.get(contract.distribution, contract.version)
     with tempfile.TemporaryDirectory() as directory:
         _write_metadata(Path(directory), contract.distribution, reported, root)
@@ -49,7 +59,7 @@ def installed(record: str, *, version: str | None = None) -> Iterator[FakeCalls]
             yield calls
         finally:
             sys.path.remove(directory)
-            for name in [name for name in sys.modules if name == root or name.startswith(f"{root}.")]:
+            for name in [name for name in sys.modules if is_faked(name)]:
                 del sys.modules[name]
             sys.modules.update(saved)
             importlib.invalidate_caches()
@@ -69,6 +79,17 @@ def _package(dotted: str, attributes: dict) -> dict[str, ModuleType]:
     for name, value in attributes.items():
         setattr(modules[dotted], name, value)
     return modules
+
+
+def _cute_language(flash_attn_cute: ModuleType) -> dict[str, ModuleType]:
+    """What functions for mask_mod and score_mod are written in, on plain numbers: a value of the DSL is a list of one."""
+    modules = _package("cutlass.cute", {"jit": lambda function: function})
+    modules["cutlass"].Uint8 = int
+    modules["cutlass"].Float32 = float
+    utils = ModuleType("flash_attn.cute.utils")
+    utils.scalar_to_ssa = lambda number, dtype: torch.tensor([float(dtype(number))], dtype=torch.float64)
+    flash_attn_cute.utils = utils
+    return {**modules, "flash_attn.cute.utils": utils}
 
 
 def _add_xformers_biases(modules: dict[str, ModuleType]) -> None:

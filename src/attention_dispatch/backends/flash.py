@@ -19,7 +19,7 @@ from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
 from ..errors import BackendRejectedError, Reason
 from ..registry import Backend
-from . import alignment, flash_limits, source, traced
+from . import alignment, flash_4_masks, flash_limits, source, traced
 from .source import HubKernel, Package, Source
 from .traced import Arguments, Extras
 
@@ -76,7 +76,7 @@ def _capabilities(variant: _Variant) -> Capabilities:
         architectures={2: (), 3: ("sm_90",), 4: ("sm_90", "sm_100", "sm_103")}[variant.generation],
         max_head_dim=256,
         head_dim_v=variant.generation > 2,
-        masks=frozenset({"key_padding"} if masked else ()),
+        masks=frozenset({"key_padding"} if masked else ()) | (flash_4_masks.KINDS if _reads_masks(variant) else set()),
         # Packing moves keys, and with them the positions that causal masking and windows compare.
         mask_with_causal=False,
         causal="any",
@@ -87,6 +87,11 @@ def _capabilities(variant: _Variant) -> Capabilities:
         gradients=True,
         lse=True,
     )
+
+
+def _reads_masks(variant: _Variant) -> bool:
+    """What was compiled for a mask cannot be had from the Hub's build: its functions are of the package."""
+    return variant.source is _PACKAGE_4
 
 
 def _bottom_right(call: AttentionCall) -> tuple[Tensor, Tensor, bool, int, int]:
@@ -119,12 +124,15 @@ def _arguments(call: AttentionCall, is_causal: bool, left: int, right: int) -> A
 
 def _forward(variant: _Variant) -> Callable[[AttentionCall], AttentionOutput]:
     def forward(call: AttentionCall) -> AttentionOutput:
-        if variant.varlen or call.mask is not None:
+        mask = call.mask
+        read = mask is not None and mask.kind in flash_4_masks.KINDS
+        if variant.varlen or (mask is not None and not read):
             return _packed_forward(variant, call)
         key, value, is_causal, left, right = _bottom_right(call)
         arguments = _arguments(call, is_causal, left, right)
         query, key, value = _padded(variant, call.query, key, value)
-        out, lse = traced.run(variant.name, query, key, value, (), arguments)
+        extras = (None, None, mask.tensor) if mask is not None else ()
+        out, lse = traced.run(variant.name, query, key, value, extras, arguments)
         return AttentionOutput(out[..., : call.value.shape[3]], lse)
 
     return forward
@@ -231,6 +239,8 @@ def _body_4(variant: _Variant) -> traced.Body:
     def body(query: Tensor, key: Tensor, value: Tensor, extras: Extras, arguments: Arguments):
         name, lengths = _split(extras, _FUNCTIONS, arguments)
         left, right = (None if bound < 0 else bound for bound in (arguments.left, arguments.right))
+        mask = extras[2] if len(extras) > 2 else None
+        masked = {} if mask is None else flash_4_masks.keywords(mask, query, key)
         out, lse = source.functions(variant.source)[name](
             query,
             key,
@@ -242,6 +252,7 @@ def _body_4(variant: _Variant) -> traced.Body:
             softcap=arguments.softcap,
             deterministic=arguments.deterministic,
             return_lse=arguments.return_lse,
+            **masked,
         )
         return out, lse.detach() if arguments.return_lse else None
 
@@ -255,7 +266,7 @@ def _extra_reasons(variant: _Variant) -> Callable[[CallSpec], tuple[Reason, ...]
         elif variant.generation == 3:
             limits = (*flash_limits.of_version_3(spec), *_limits_of_build(variant, spec))
         else:
-            limits = flash_limits.of_version_4(spec)
+            limits = (*flash_limits.of_version_4(spec), *flash_4_masks.limits(spec))
         return (*limits, *known_bad.reasons(variant.name, spec))
 
     return reasons
@@ -273,7 +284,7 @@ def _adapters(variant: _Variant) -> Callable[[CallSpec], tuple[str, ...]]:
     def adapters(spec: CallSpec) -> tuple[str, ...]:
         pad = variant.generation != 2 and (spec.head_dim % 8 or spec.head_dim_v % 8)
         names: tuple[str, ...] = ("pad_head_dim",) if pad else ()
-        names += ("pack_keys",) if spec.mask != "none" else ()
+        names += ("pack_keys",) if spec.mask == "key_padding" else ()
         return names + ((alignment.SPLIT,) if alignment.splits(spec) else ())
 
     return adapters
