@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--shapes 1x16384x24x128 ...] [--json out.json] [--plot out.png] [--quick]
 
 All kernels of a shape are timed in turns within one run, so that clocks and neighbours weigh on each alike, and each timing
-starts after a rest (`--rest`, 0.15 s): long calls reach the power limit of an H100 within tens of milliseconds, its clock then
+starts after a rest (`--rest`, 0.1 s): long calls reach the power limit of an H100 within tens of milliseconds, its clock then
 falls by up to a quarter, and without a rest a kernel pays for the one before it. `--rest 0` shows that. Quantised kernels are timed end to end, quantisation included. Times are medians over CUDA-event timings; TFLOP/s counts 4·B·H·Sq·Sk·D, halved
 under a causal mask, times 3.5 for forward and backward. K carries a per-channel offset of 2σ, as diffusion transformers' keys
 do. Errors are relative L2 against float64 on one head; a kernel whose error exceeds its tolerance gets no speed-up.
@@ -281,26 +281,24 @@ def show(results: list[dict[str, Any]]) -> None:
         print(f"  {r['kernel']:17s} {r['tflops']:6.0f} TFLOP/s  {r['ms']:8.3f} ms  error {r['error']:.1e}  {speedup}{extra}")
 
 
-def plot(path: str, kernels: dict[str, Kernel], pace: Pace, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """TFLOP/s by length, one line per kernel, head_dim 128 and 64 side by side; measures the shapes that `known` lacks."""
+def drawn_shapes(head_dim: int) -> list[Shape]:
+    return [Shape(1, length, length, 24, head_dim) for length in PLOT_LENGTHS]
+
+
+def plot(path: str, gpu: str, results: list[dict[str, Any]]) -> None:
+    """TFLOP/s by length, one line per kernel, head_dim 128 and 64 side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    everything = []
     for axis, head_dim in zip(axes, (128, 64)):
         lines: dict[str, list[tuple[int, float]]] = {}
-        for length in PLOT_LENGTHS:
-            shape = Shape(1, length, length, 24, head_dim)
-            results = [result for result in known if result["shape"] == str(shape)]
-            if not results:
-                results = measure(shape, kernels, pace)
-                everything.extend(results)
+        for shape in drawn_shapes(head_dim):
             for result in results:
-                if result["right"] and result["kernel"] in kernels:
-                    lines.setdefault(result["kernel"], []).append((length, result["tflops"]))
+                if result["shape"] == str(shape) and result["right"]:
+                    lines.setdefault(result["kernel"], []).append((shape.seq_q, result["tflops"]))
         for name, points in lines.items():
             axis.plot(*zip(*points), marker="o", label=name)
         axis.set_xscale("log", base=2)
@@ -309,20 +307,28 @@ def plot(path: str, kernels: dict[str, Kernel], pace: Pace, known: list[dict[str
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("TFLOP/s, end to end")
     axes[0].legend()
-    figure.suptitle(torch.cuda.get_device_name())
+    figure.suptitle(gpu)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    return everything
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", type=Shape.parse, help="BxSxHxD, e.g. 1x16384x24x128 (default: the table)")
     parser.add_argument("--json", help="write every result to this file")
-    parser.add_argument("--plot", help="write TFLOP/s by length to this PNG")
+    parser.add_argument("--lengths", action="store_true", help="also measure the lengths of the plot")
+    parser.add_argument("--plot", help="write TFLOP/s by length to this PNG; measures the lengths")
+    parser.add_argument("--draw", metavar="JSON", help="measure nothing; plot what an earlier run wrote")
     parser.add_argument("--quick", action="store_true", help="a tenth of the repetitions")
-    parser.add_argument("--rest", type=float, default=0.15, metavar="S", help="seconds without work before each timing")
+    parser.add_argument("--rest", type=float, default=0.1, metavar="S", help="seconds without work before each timing")
     arguments = parser.parse_args()
+    if arguments.draw:
+        if not arguments.plot:
+            parser.error("--draw needs --plot out.png")
+        with open(arguments.draw) as file:
+            earlier = json.load(file)
+        plot(arguments.plot, earlier["gpu"], earlier["results"])
+        return
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py needs a CUDA GPU; this machine has none")
     import triton
@@ -356,9 +362,17 @@ def main() -> None:
             results = measure_backward(shape, pace)
             show(results)
             record(results)
+    if arguments.lengths or arguments.plot:
+        shapes = {str(shape): shape for head_dim in (128, 64) for shape in drawn_shapes(head_dim)}
+        for result in everything:
+            shapes.pop(result["shape"], None)
+        for shape in shapes.values():
+            print(shape, flush=True)
+            results = measure(shape, {name: run for name, run in kernels.items() if name != "aten efficient"}, pace)
+            show(results)
+            record(results)
     if arguments.plot:
-        drawn = {name: kernel for name, kernel in kernels.items() if name != "aten efficient"}
-        record(plot(arguments.plot, drawn, pace._replace(budget_ms=pace.budget_ms / 2), everything))
+        plot(arguments.plot, torch.cuda.get_device_name(), everything)
 
 
 if __name__ == "__main__":
