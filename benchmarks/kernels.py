@@ -71,6 +71,7 @@ SHAPES = [
 ]
 BACKWARD_SHAPES = [Shape(2, 4096, 4096, 24, 128), Shape(2, 4096, 4096, 24, 64), Shape(2, 4096, 4096, 24, 128, causal=True)]
 PLOT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+NOT_DRAWN = "aten efficient"
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Shape, "Tensor | None"], Tensor]
 
@@ -297,7 +298,7 @@ def plot(path: str, gpu: str, results: list[dict[str, Any]]) -> None:
         lines: dict[str, list[tuple[int, float]]] = {}
         for shape in drawn_shapes(head_dim):
             for result in results:
-                if result["shape"] == str(shape) and result["right"]:
+                if result["shape"] == str(shape) and result["right"] and result["kernel"] != NOT_DRAWN:
                     lines.setdefault(result["kernel"], []).append((shape.seq_q, result["tflops"]))
         for name, points in lines.items():
             axis.plot(*zip(*points), marker="o", label=name)
@@ -368,7 +369,7 @@ def main() -> None:
             shapes.pop(result["shape"], None)
         for shape in shapes.values():
             print(shape, flush=True)
-            results = measure(shape, {name: run for name, run in kernels.items() if name != "aten efficient"}, pace)
+            results = measure(shape, {name: run for name, run in kernels.items() if name != NOT_DRAWN}, pace)
             show(results)
             record(results)
     if arguments.plot:
