@@ -14,7 +14,7 @@ from attention_dispatch.tuning import store
 from attention_dispatch.tuning import tiles as followed
 from attention_dispatch.tuning.tiles import follow_store
 
-KEY = TileKey("flash", "cpu", "float32", 64, True)
+KEY = TileKey("flash", "cpu", "float32", 64, "padded")
 GOOD = {"block_m": 64, "block_n": 32, "warps": 4, "stages": 2, "registers": None}
 
 
@@ -25,7 +25,7 @@ def table_only():
 
 
 def in_use() -> Tile:
-    [(key, tile)] = tiles.asked_by(lambda: tiles.forward_tile(torch.zeros(1, 1, 1, 64), 64, True)).items()
+    [(key, tile)] = tiles.asked_by(lambda: tiles.forward_tile(torch.zeros(1, 1, 1, 64), 64, "padded")).items()
     assert key == KEY
     return tile
 
@@ -35,7 +35,7 @@ def test_a_stored_tile_is_followed_and_survives_export_and_import(tmp_path):
     store.add("cpu", tiles={str(KEY): {"tile": GOOD}})
     follow_store("cpu")
     assert in_use() == Tile(**GOOD) != before
-    assert tiles.forward_tile(torch.zeros(1, 1, 1, 64), 64, True)["BLOCK_N"] == 32
+    assert tiles.forward_tile(torch.zeros(1, 1, 1, 64), 64, "padded")["BLOCK_N"] == 32
     exported = json.loads(json.dumps(store.export("cpu")))
     store.clear()
     follow_store("cpu")
@@ -56,6 +56,7 @@ def test_a_stored_tile_is_followed_and_survives_export_and_import(tmp_path):
         (str(KEY), {**GOOD, "depth": 1}, "depth"),
         (str(KEY._replace(kernel="sage_fp8")), {**GOOD, "block_n": 256}, "at most 128"),
         (str(KEY._replace(kernel="other")), GOOD, "no kernel 'other'"),
+        (str(KEY._replace(kind="striped")), GOOD, "not 'striped'"),
         ("nonsense", GOOD, "unpack"),
     ],
 )
@@ -74,7 +75,7 @@ def test_what_no_kernel_can_use_is_a_miss_with_one_warning(name, entry, why, mon
 def test_candidates_are_tiles_a_kernel_can_use():
     for kernel in ("flash", "sage_fp8", "sage_fp16"):
         for head_dim in (16, 64, 128, 256):
-            key = TileKey(kernel, "sm_90", "bfloat16", head_dim, True)
+            key = TileKey(kernel, "sm_90", "bfloat16", head_dim, "rich")
             found = tiles.candidates(key)
             assert 2 <= len(found) <= 6
             assert all(tiles.problem_with(key, tile) is None for tile in found)

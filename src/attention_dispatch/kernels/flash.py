@@ -37,7 +37,7 @@ from .hopper import runs_on_hopper
 from .launch import facts, launch
 from .scores import LN_2, keep_probability, key_block_range, tanh, visible_by_position
 from .scores import LOG2_E as LOG2_E_DEVICE
-from .tiles import forward_tile
+from .tiles import forward_tile, kind_of
 
 
 @triton.jit
@@ -286,9 +286,9 @@ def flash_attention_forward(
             hopper_flash.launch_flash_hopper(query, key, value, out, lse, scale, keys.right == 0)
             return out, lse
     pad_d, pad_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
-    plain = mask is None and bias is None and not softcap and not dropout_p
     if tile is None:
-        tile = forward_tile(query, max(pad_d, pad_dv), plain)
+        rich = mask is not None or bias is not None or softcap > 0 or dropout_p > 0
+        tile = forward_tile(query, max(pad_d, pad_dv), kind_of(key_padding is not None, rich))
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
     key_tiles = value_tiles = lists = counts = None
     if tile["TMA"] and is_hopper_or_newer(query.device) and tma_ready(key, value):

@@ -39,7 +39,7 @@ from .launch import facts, launch
 from .quantise import ROUND_SHIFT, padded_dims, quantise
 from .scores import LN_2, key_block_range, tanh, visible_by_position
 from .scores import LOG2_E as LOG2_E_DEVICE
-from .tiles import sage_tile
+from .tiles import kind_of, sage_tile
 
 # 0x4B400000, the bits of the float 12582912
 _INTEGER_START = tl.constexpr(1262485504)
@@ -339,7 +339,8 @@ def sage_attention_forward(
         return out, lse
     assert quantised.query is not None
     if tile is None:
-        tile = sage_tile(query, max(pad_d, pad_dv), fp8)
+        rich = mask is not None or bias is not None or softcap > 0
+        tile = sage_tile(query, max(pad_d, pad_dv), fp8, kind_of(key_padding is not None, rich))
     block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
     query_tiles = key_tiles = value_tiles = lists = counts = None
     if (

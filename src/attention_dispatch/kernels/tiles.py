@@ -22,23 +22,24 @@ class TileKey(NamedTuple):
     Attributes:
         kernel: ``flash``, ``sage_fp8`` or ``sage_fp16``. architecture: such as ``sm_90``; ``cpu`` under the interpreter.
         dtype: of q, k and v. head_dim: the larger of the padded ones of k and v.
-        plain: no mask, bias, softcap or dropout; True for the quantised kernels, which have one tile for all.
+        kind: ``padded`` with key padding, which walks lists of blocks; ``rich`` with what is held in registers besides (a
+            mask, bias, softcap or dropout), with padding or without; ``plain``.
     """
 
     kernel: str
     architecture: str
     dtype: str
     head_dim: int
-    plain: bool
+    kind: str
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.architecture} {self.dtype} head_dim={self.head_dim} {'plain' if self.plain else 'rich'}"
+        return f"{self.kernel} {self.architecture} {self.dtype} head_dim={self.head_dim} {self.kind}"
 
     @classmethod
     def parse(cls, text: str) -> TileKey:
         """Of ``str(key)``; ValueError for anything else."""
         kernel, architecture, dtype, head_dim, kind = text.split(" ")
-        return cls(kernel, architecture, dtype, int(head_dim.removeprefix("head_dim=")), kind == "plain")
+        return cls(kernel, architecture, dtype, int(head_dim.removeprefix("head_dim=")), kind)
 
 
 class Tile(NamedTuple):
@@ -66,6 +67,8 @@ _CANDIDATES: dict[tuple[str, int], tuple[Tile, ...]] = {
 # Of one multiprocessor of an H100; the compiler tells what a smaller GPU lacks.
 _SHARED_BYTES = 227 * 1024
 
+KINDS = ("plain", "padded", "rich")
+
 _measured: dict[TileKey, Tile] = {}
 _asked: list[tuple[TileKey, Tile]] | None = None
 
@@ -74,6 +77,8 @@ def problem_with(key: TileKey, tile: Tile) -> str | None:
     """Why a tile cannot be one of this kernel's; None if it can."""
     if (key.kernel, 256) not in _CANDIDATES:
         return f"there is no kernel {key.kernel!r}"
+    if key.kind not in KINDS:
+        return f"there are calls of the kinds {', '.join(KINDS)}, not {key.kind!r}"
     for name, value, least, most in (
         ("block_m", tile.block_m, 16, 256), ("block_n", tile.block_n, 16, 256), ("warps", tile.warps, 1, 16),
     ):  # fmt: skip
@@ -130,21 +135,26 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def forward_tile(query: Tensor, head_dim: int, plain: bool) -> dict[str, Any]:
-    """Tile of the exact forward kernel for a padded head_dim; `plain`: no mask, bias, softcap or dropout to hold in registers."""
-    hopper = _is_hopper(query.device)
+def kind_of(padded: bool, rich: bool) -> str:
+    """The kind of a call; see :class:`TileKey`."""
+    return "rich" if rich else "padded" if padded else "plain"
+
+
+def forward_tile(query: Tensor, head_dim: int, kind: str) -> dict[str, Any]:
+    """Tile of the exact forward kernel for a padded head_dim."""
+    hopper, plain = _is_hopper(query.device), kind != "rich"
     if query.dtype == torch.float32:
-        return _chosen("flash", query, head_dim, plain, Tile(32, 32, 4, 1), False)
+        return _chosen("flash", query, head_dim, kind, Tile(32, 32, 4, 1), False)
     if head_dim <= 64:
         tile = Tile(64, 128, 4, 3) if hopper and plain else Tile(64, 64, 4, 2)
     elif head_dim <= 128:
         tile = Tile(128, 64, 8, 2, 128 if plain else None) if hopper else Tile(64, 32, 4, 2)
     else:
         tile = Tile(64, 32, 4, 2)
-    return _chosen("flash", query, head_dim, plain, tile, hopper)
+    return _chosen("flash", query, head_dim, kind, tile, hopper)
 
 
-def sage_tile(query: Tensor, head_dim: int, fp8: bool) -> dict[str, Any]:
+def sage_tile(query: Tensor, head_dim: int, fp8: bool, kind: str = "plain") -> dict[str, Any]:
     """Tile of the quantised forward kernel for a padded head_dim. Key blocks never exceed the 128 that share a scale."""
     hopper = _is_hopper(query.device)
     if not hopper or head_dim > 128:
@@ -153,7 +163,7 @@ def sage_tile(query: Tensor, head_dim: int, fp8: bool) -> dict[str, Any]:
         tile = Tile(64, 128, 4, 3, 128) if fp8 else Tile(64, 64, 4, 3, 128)
     else:
         tile = Tile(64, 128, 4, 2, 168) if fp8 else Tile(64, 64, 4, 2, 168)
-    return _chosen("sage_fp8" if fp8 else "sage_fp16", query, head_dim, True, tile, hopper)
+    return _chosen("sage_fp8" if fp8 else "sage_fp16", query, head_dim, kind, tile, hopper)
 
 
 def backward_tiles(query: Tensor, head_dim: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -170,7 +180,7 @@ def backward_tiles(query: Tensor, head_dim: int) -> tuple[dict[str, Any], dict[s
     return _arguments(tiles[0], False), _arguments(tiles[1], False)
 
 
-def _chosen(kernel: str, query: Tensor, head_dim: int, plain: bool, default: Tile, tma: bool) -> dict[str, Any]:
+def _chosen(kernel: str, query: Tensor, head_dim: int, kind: str, default: Tile, tma: bool) -> dict[str, Any]:
     if not _measured and _asked is None:
         return _arguments(default, tma)
     device = query.device
@@ -178,7 +188,7 @@ def _chosen(kernel: str, query: Tensor, head_dim: int, plain: bool, default: Til
     if architecture == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         architecture = f"sm_{major}{minor}"
-    key = TileKey(kernel, architecture, str(query.dtype).removeprefix("torch."), head_dim, plain)
+    key = TileKey(kernel, architecture, str(query.dtype).removeprefix("torch."), head_dim, kind)
     tile = _measured.get(key, default)
     if _asked is not None:
         _asked.append((key, tile))
