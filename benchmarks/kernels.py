@@ -303,11 +303,12 @@ def plot(path: str, gpu: str, results: list[dict[str, Any]]) -> None:
         for name, points in lines.items():
             axis.plot(*zip(*points), marker="o", label=name)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(PLOT_LENGTHS, [str(length) for length in PLOT_LENGTHS])
         axis.set_title(f"batch 1, 24 heads, head_dim {head_dim}")
         axis.set_xlabel("sequence length")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("TFLOP/s, end to end")
-    axes[0].legend()
+    axes[1].legend(loc="upper left", ncols=2)
     figure.suptitle(gpu)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

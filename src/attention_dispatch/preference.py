@@ -51,18 +51,18 @@ ORDERS: dict[str, Order] = {
     "sm_90": Order(
         (*_CUDA, *_LAST),
         "H100 80GB HBM3, torch 2.11.0+cu130, 2026-11-25, bfloat16, 24 heads, TFLOP/s: at 1x16384 head_dim 128 "
-        "FlashAttention-3 690, cuDNN 602, triton_flash 585, aten flash 337, efficient 180; causal 751, 604, 664; head_dim "
-        "64 575, 474, 442; at 1x1024 cuDNN 360, FlashAttention-3 274, triton_flash 211; with key padding at 4250 "
-        "triton_flash 433, cuDNN 268; 8-bit at 16384 triton_sage 820, sage 765; at 1024 triton_sage 74; forward and "
-        "backward at 4096 cuDNN 577, triton_flash 426",
+        "FlashAttention-3 748, cuDNN 649, triton_flash 700, aten flash 356, efficient 183; causal 761, 656, 717; head_dim "
+        "64 585, 503, 481; at 1x1024 cuDNN 368, FlashAttention-3 232, triton_flash 146; with key padding at 4250 "
+        "triton_flash 438, cuDNN 267; 8-bit at 16384 triton_sage 946, sage 778; at 1024 triton_sage 97; forward and "
+        "backward at 4096 cuDNN 585, triton_flash 439",
         plain=("_flash_3",),
         # At 1x4250, the last quarter padded, eager: FlashAttention-3 packed 381 us, triton_flash 504, native 673.
         padded=("_flash_varlen_3", "triton_flash"),
-        # At 1x1024 and 1x2048 the host decides: FlashAttention-3 235 and 622 against cuDNN's 365 and 591, with head_dim 64
-        # 63 and 245 against 139 and 415. From 1x4096 and 32768x512 on it was faster wherever it was measured.
+        # At 1x1024 and 1x2048 the host decides: FlashAttention-3 232 and 625 against cuDNN's 368 and 593, with head_dim 64
+        # 41 and 291 against 132 and 414. From 1x4096 and 32768x512 on it was faster wherever it was measured.
         first_from=4096 * 4096,
         quantised=("triton_sage", "_sage_qk_int8_pv_fp8_cuda_sm90", "triton_sage_fp16", "sage"),
-        # At 1x4096 FlashAttention-3 was faster (713 and 689), at 1x8192 the 8-bit kernel (746 and 780).
+        # At 1x4096 FlashAttention-3 was faster (722 and 694), at 1x8192 the 8-bit kernel (760 and 852).
         quantised_from=8192,
     ),
     "sm_80": _cuda("_sage_qk_int8_pv_fp16_cuda"),
@@ -87,9 +87,9 @@ _FALLBACK = Order(("native", *_LAST), UNTESTED)
 # TFLOP/s for 1 x 16384 x 24 heads, by (head_dim, causal): the run of the sm_90 order; flex and flash_4 of 2026-11-23.
 RATES: dict[str, dict[tuple[int, bool], dict[str, float]]] = {
     "sm_90": {
-        (128, False): {"_native_cudnn": 602, "native": 602, "_native_flash": 337, "_native_efficient": 180, "flex": 477, "_flash_3": 690, "flash_4": 712, "triton_flash": 585, "triton_sage": 820, "triton_sage_fp16": 612, "sage": 765, "_sage_qk_int8_pv_fp8_cuda_sm90": 765},
-        (64, False): {"_native_cudnn": 474, "native": 474, "_native_flash": 301, "_native_efficient": 134, "flex": 401, "_flash_3": 575, "flash_4": 555, "triton_flash": 442, "triton_sage": 545, "triton_sage_fp16": 456, "sage": 504, "_sage_qk_int8_pv_fp8_cuda_sm90": 504},
-        (128, True): {"_native_cudnn": 604, "native": 604, "_native_flash": 321, "_native_efficient": 172, "flex": 412, "_flash_3": 751, "flash_4": 622, "triton_flash": 664, "triton_sage": 736, "triton_sage_fp16": 542, "sage": 635, "_sage_qk_int8_pv_fp8_cuda_sm90": 635},
+        (128, False): {"_native_cudnn": 649, "native": 649, "_native_flash": 356, "_native_efficient": 183, "flex": 477, "_flash_3": 748, "flash_4": 712, "triton_flash": 700, "triton_sage": 946, "triton_sage_fp16": 644, "sage": 778, "_sage_qk_int8_pv_fp8_cuda_sm90": 778},
+        (64, False): {"_native_cudnn": 503, "native": 503, "_native_flash": 312, "_native_efficient": 136, "flex": 401, "_flash_3": 585, "flash_4": 555, "triton_flash": 481, "triton_sage": 620, "triton_sage_fp16": 483, "sage": 508, "_sage_qk_int8_pv_fp8_cuda_sm90": 508},
+        (128, True): {"_native_cudnn": 656, "native": 656, "_native_flash": 337, "_native_efficient": 172, "flex": 412, "_flash_3": 761, "flash_4": 622, "triton_flash": 717, "triton_sage": 845, "triton_sage_fp16": 608, "sage": 638, "_sage_qk_int8_pv_fp8_cuda_sm90": 638},
     }
 }  # fmt: skip
 
