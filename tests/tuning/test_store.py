@@ -37,6 +37,22 @@ def on_disk() -> dict:
     return json.loads(store.path("cpu").read_text())
 
 
+def test_another_revision_of_a_hub_kernel_is_another_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+    reference = tmp_path / "models--kernels-community--flash-attn3" / "refs" / "v1"
+    reference.parent.mkdir(parents=True)
+    prints = []
+    for revision in ("aaaa", "bbbb"):
+        reference.write_text(revision)
+        environment._manifest.cache_clear()
+        facts = environment.manifest("cpu")
+        assert facts["kernels-community/flash-attn3@v1"] == revision
+        prints.append(environment.fingerprint(facts))
+    monkeypatch.undo()
+    environment._manifest.cache_clear()
+    assert len({*prints, environment.fingerprint(environment.manifest("cpu"))}) == 3
+
+
 def test_what_is_added_is_there_in_this_process_and_in_the_next():
     store.add("cpu", {"a": entry()}, {"native": {"state": "ok"}})
     assert set(store.entries("cpu")) == {"a"}

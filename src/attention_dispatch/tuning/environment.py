@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 from functools import lru_cache
@@ -31,6 +33,8 @@ _PACKAGES = (
     "attention-dispatch",
 )
 
+_HUB_OWNER = "kernels-community"
+
 
 @lru_cache(maxsize=8)
 def _manifest(device_index: int) -> tuple[tuple[str, str], ...]:
@@ -45,7 +49,23 @@ def _manifest(device_index: int) -> tuple[tuple[str, str], ...]:
             facts[package] = version(package)
         except PackageNotFoundError:
             continue
+    facts.update(_hub_kernels())
     return tuple(sorted(facts.items()))
+
+
+def _hub_kernels() -> dict[str, str]:
+    """Revisions of the Hub kernels in the cache by repository and branch, and what local builds stand in for them.
+
+    A branch of the Hub moves; what was measured holds for the revision it pointed to.
+    """
+    facts = {"LOCAL_KERNELS": os.environ["LOCAL_KERNELS"]} if os.environ.get("LOCAL_KERNELS") else {}
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    folder = os.environ.get("KERNELS_CACHE") or os.environ.get("HF_HUB_CACHE") or Path(home, "hub")
+    for reference in Path(folder).expanduser().glob(f"*--{_HUB_OWNER}--*/refs/*"):
+        repository = reference.parts[-3].partition("--")[2].replace("--", "/")
+        with contextlib.suppress(OSError):
+            facts[f"{repository}@{reference.name}"] = reference.read_text(encoding="ascii", errors="replace").strip()
+    return facts
 
 
 def manifest(device: str) -> dict[str, str]:
