@@ -90,6 +90,21 @@ def test_broken_import_is_not_a_missing_package(any_device, tmp_path, monkeypatc
     assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_flash_4_alone_breaks_what_takes_it_for_flash_2(any_device, tmp_path, monkeypatch):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "xformers" / "ops").mkdir(parents=True)
+    (tmp_path / "xformers" / "ops" / "__init__.py").write_text("import flash_attn.flash_attn_interface")
+    (tmp_path / "xformers-0.0.35.dist-info").mkdir()
+    (tmp_path / "xformers-0.0.35.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.35\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("xformers", "flash_attn")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert codes("xformers") == ["import"]
+    assert "pip uninstall flash-attn-4" in str(registry.status("xformers"))
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("xformers", "flash_attn")]:
+        del sys.modules[name]
+
+
 def test_package_without_the_function(any_device, tmp_path, monkeypatch):
     (tmp_path / "flash_attn_interface.py").write_text("def flash_attn_func(q, k, v): ...")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -83,6 +83,12 @@ class Package:
             found = installed_version(self.distribution) if self.distribution else None
             what = f"importing {self.module} failed: {error} ({self.label} {found or 'of unknown version'}, torch {torch.__version__})"
             fix = f"install a build of {self.label} for this torch: {self.install}"
+            if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn.flash_attn_interface":
+                # xformers 0.0.35 and others ask only whether there is a flash_attn.
+                fix = (
+                    "flash-attn-4 brings a flash_attn without the functions of FlashAttention 2: "
+                    "pip install 'flash-attn>=2.6.3' --no-build-isolation, or pip uninstall flash-attn-4"
+                )
             raise _unavailable(self.label, Reason("import", what, fix)) from error
         return _checked(self.label, module, self.functions, self.parameter, self.install)
 
