@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
-from attention_dispatch import BackendRejectedError, dispatch_attention_fn, explain, masks
+from attention_dispatch import BackendRejectedError, InvalidCallError, dispatch_attention_fn, explain, masks
 from attention_dispatch.backends import flex
+from attention_dispatch.backends.source import release
 from attention_dispatch.testing import attend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -263,3 +264,25 @@ def test_flex_keeps_a_bounded_number_of_compiled_functions(monkeypatch):
 def test_no_keys_and_half_precision_sums_that_overflow():
     query = torch.full((1, 300, 4, 64), 60.0, dtype=torch.float16)
     assert not bool(dispatch_attention_fn(query, query[:, :0], query[:, :0]).any())
+
+
+def _reaching(style: str, reach: int):
+    if style == "default":
+        return lambda b, h, q, k, reach=reach: (q - k).abs() <= reach
+    if style == "nested default":
+        return and_masks(lambda b, h, q, k: q >= 0, lambda b, h, q, k, reach=reach: (q - k).abs() <= reach)
+    return lambda b, h, q, k: (q - k).abs() <= reach
+
+
+@pytest.mark.parametrize("style", ["default", "nested default", "closure"])
+def test_flex_tells_masks_apart_that_differ_in_a_number(style):
+    query, key, value = tensors()
+    distance = (torch.arange(24)[None] - torch.arange(24)[:, None]).abs()
+    for reach in (0, 2, 5):
+        mask = create_block_mask(_reaching(style, reach), None, None, 24, 24, device="cpu")
+        if style == "nested default" and release(torch.__version__)[:2] < (2, 12):
+            with pytest.raises(InvalidCallError, match="enclosing function"):
+                dispatch_attention_fn(query, key, value, mask, backend="flex")
+            continue
+        out = dispatch_attention_fn(query, key, value, mask, backend="flex")
+        assert_close(out, attend(query.double(), key.double(), value.double(), keep=distance <= reach)[0])

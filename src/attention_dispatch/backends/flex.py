@@ -20,55 +20,19 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from .. import known_bad, settings
-from ..call import FULL_WINDOW, AttentionCall, AttentionOutput, CallSpec
+from ..call import AttentionCall, AttentionOutput, CallSpec
 from ..capabilities import Capabilities
 from ..masks import block_table, derived, lasting, records_graph, runs_now
 from ..registry import Backend
+from .mask_mods import both, broadcast_index, padding, structure_of, with_explicit_defaults
+from .source import release
 
 _MASKS = frozenset({"key_padding", "bool", "bias", "block"})
 _MAX_STRUCTURAL_MASKS = 64
 _DECODE_LENGTH = 16
-
-
-def _causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return q >= k
-
-
-def _window(left: int, right: int) -> Callable[..., Tensor]:
-    if left < 0:
-        return lambda b, h, q, k: k <= q + right
-    if right < 0:
-        return lambda b, h, q, k: k >= q - left
-    return lambda b, h, q, k: (k >= q - left) & (k <= q + right)
-
-
-def _padding(keep: Tensor) -> Callable[..., Tensor]:
-    if keep.shape[0] == 1:
-        return lambda b, h, q, k: keep[0, k]
-    return lambda b, h, q, k: keep[b, k]
-
-
-def _broadcast_index(tensor: Tensor) -> Callable[..., Tensor]:
-    """``tensor[b, h, q, k]`` for a 4-D tensor whose dimensions of size 1 are read at 0."""
-    batch, heads, rows = (tensor.shape[dim] > 1 for dim in (0, 1, 2))
-
-    def read(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return tensor[b if batch else 0, h if heads else 0, q if rows else 0, k]
-
-    return read
-
-
-def _both(first: Callable[..., Tensor], second: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda b, h, q, k: first(b, h, q, k) & second(b, h, q, k)
-
-
-def _structure(call: AttentionCall) -> Callable[..., Tensor] | None:
-    """mask_mod of causal masking and window; None if there is neither."""
-    mod = _causal if call.is_causal else None
-    if call.window_size != FULL_WINDOW:
-        window = _window(*call.window_size)
-        mod = window if mod is None else _both(mod, window)
-    return mod
+_BLOCK = 128
+# create_block_mask asks for the signature of its function, which Dynamo cannot trace in torch 2.9.
+_CANNOT_SUMMARISE_IN_A_GRAPH = release(torch.__version__)[:2] < (2, 10)
 
 
 _structural: OrderedDict[Any, BlockMask] = OrderedDict()
@@ -78,14 +42,15 @@ _structural_lock = threading.Lock()
 
 
 def _block_mask(call: AttentionCall) -> BlockMask | None:
-    structure = _structure(call)
+    structure = structure_of(call)
     mask = call.mask
     device = call.query.device
     q_len, k_len = call.query.shape[1], call.key.shape[1]
     if mask is not None and mask.kind == "block":
         # Unfused, FlexAttention evaluates mask_mod everywhere and does not look at the listed blocks.
         if structure is None and device.type != "cpu":
-            return mask.block_mask
+            assert mask.block_mask is not None
+            return with_explicit_defaults(mask.block_mask)
         return _with_structure(call, structure)
     if mask is None or mask.kind == "bias":
         if structure is None:
@@ -98,8 +63,8 @@ def _block_mask(call: AttentionCall) -> BlockMask | None:
     def build() -> BlockMask:
         # Detached: a result that held the caller's tensor would keep it, and so itself, alive.
         held = tensor.detach()
-        mod = _padding(held) if mask.kind == "key_padding" else _broadcast_index(held)
-        return _create(_both(mod, structure) if structure else mod, batch, heads, q_len, k_len, device)
+        mod = padding(held) if mask.kind == "key_padding" else broadcast_index(held)
+        return _create(both(mod, structure) if structure else mod, batch, heads, q_len, k_len, device)
 
     return derived(tensor, ("block", call.is_causal, call.window_size, q_len, k_len), build)
 
@@ -132,7 +97,7 @@ def _with_structure(call: AttentionCall, structure: Callable[..., Tensor] | None
 
     def build() -> BlockMask:
         listed = _listed_blocks(block_mask)
-        mod = _both(listed, structure) if structure else listed
+        mod = both(listed, structure) if structure else listed
         batch, heads = block_mask.kv_num_blocks.shape[:2]
         return _create(mod, batch, heads, q_len, k_len, block_mask.kv_num_blocks.device)
 
@@ -142,7 +107,7 @@ def _with_structure(call: AttentionCall, structure: Callable[..., Tensor] | None
 
 def _listed_blocks(block_mask: BlockMask) -> Callable[..., Tensor]:
     """mask_mod that is true where a BlockMask shows a key: in a full block, or by its own mask_mod in a partial one."""
-    table, inside = block_table(block_mask), block_mask.mask_mod
+    table, inside = block_table(block_mask), with_explicit_defaults(block_mask).mask_mod
     read_partial = _broadcast_blocks(table.partial, table.q_block, table.k_block)
     if table.full is None:
         return lambda b, h, q, k: read_partial(b, h, q, k) & inside(b, h, q, k)
@@ -151,16 +116,26 @@ def _listed_blocks(block_mask: BlockMask) -> Callable[..., Tensor]:
 
 
 def _broadcast_blocks(blocks: Tensor, q_block: int, k_block: int) -> Callable[..., Tensor]:
-    read = _broadcast_index(blocks)
+    read = broadcast_index(blocks)
     return lambda b, h, q, k: read(b, h, q // q_block, k // k_block)
 
 
 def _create(
     mod: Callable[..., Tensor], batch: int, heads: int, q_len: int, k_len: int, device: torch.device
 ) -> BlockMask:
+    if torch.compiler.is_compiling() and _CANNOT_SUMMARISE_IN_A_GRAPH:
+        return _every_block(mod, q_len, k_len, device)
     # Compiled, it does not materialise the Q x K mask that it summarises.
     compiled = device.type == "cuda" and not torch.compiler.is_compiling()
     return create_block_mask(mod, batch, heads, q_len, k_len, device=device, _compile=compiled)
+
+
+def _every_block(mod: Callable[..., Tensor], q_len: int, k_len: int, device: torch.device) -> BlockMask:
+    """A BlockMask that skips nothing and asks ``mod`` everywhere."""
+    rows, columns = (-(-length // _BLOCK) for length in (q_len, k_len))
+    count = torch.full((1, 1, rows), columns, dtype=torch.int32, device=device)
+    indices = torch.arange(columns, dtype=torch.int32, device=device).repeat(1, 1, rows, 1)
+    return BlockMask.from_kv_blocks(count, indices, BLOCK_SIZE=_BLOCK, mask_mod=mod, seq_lengths=(q_len, k_len))
 
 
 def _score_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
@@ -172,7 +147,7 @@ def _score_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
     bias = call.mask.tensor if call.mask is not None and call.mask.kind == "bias" else None
     if bias is None:
         return (lambda score, b, h, q, k: softcap * torch.tanh(score / softcap)) if softcap else None
-    read = _broadcast_index(bias)
+    read = broadcast_index(bias)
     if softcap:
         return lambda score, b, h, q, k: softcap * torch.tanh(score / softcap) + read(b, h, q, k)
     return lambda score, b, h, q, k: score + read(b, h, q, k)
