@@ -65,19 +65,38 @@ def flash_4(contract: FunctionContract, record: str, call: SimpleNamespace) -> o
 def _of_functions(call: SimpleNamespace) -> Tensor:
     """What mask_mod and score_mod add to the scores (B, H, Q, K); rows of a tile that end beyond the queries are asked too."""
     (batch, q_len, heads, _), k_len = call.q.shape, call.k.shape[1]
+    for tensor in call.aux_tensors:
+        _has_a_leading_axis(tensor)
     added = torch.zeros(batch, heads, q_len, k_len, dtype=torch.float64)
     for b, h, row, column in itertools.product(range(batch), range(heads), range(q_len + 1), range(k_len)):
         place = [b], [h], [row], [column]
         found = 0.0
         if call.score_mod is not None:
             found = call.score_mod(
-                torch.zeros(1), *place[:2], q_idx=place[2], kv_idx=place[3], seqlen_info=None, aux_tensors=call.aux_tensors
+                torch.zeros(1),
+                *place[:2],
+                q_idx=place[2],
+                kv_idx=place[3],
+                seqlen_info=None,
+                aux_tensors=call.aux_tensors,
             )[0].item()
         if call.mask_mod is not None and not bool(call.mask_mod(*place, None, call.aux_tensors)[0]):
             found = float("-inf")
         if row < q_len:
             added[b, h, row, column] = found
     return added
+
+
+def _has_a_leading_axis(tensor: Tensor) -> None:
+    """Which axis has stride 1 must be plain, or be said by the caller in ``__leading_dim__``."""
+    named = getattr(tensor, "__leading_dim__", None)
+    if named is not None:
+        if tensor.stride(named) != 1:
+            raise ValueError(f"__leading_dim__ {named} has stride {tensor.stride(named)}, not 1")
+        return
+    unit = [axis for axis, stride in enumerate(tensor.stride()) if stride == 1]
+    if len(unit) > 1 and sum(tensor.shape[axis] > 1 for axis in unit) != 1:
+        raise ValueError(f"no unique stride-1 leading dimension in strides {tensor.stride()}")
 
 
 def _run(

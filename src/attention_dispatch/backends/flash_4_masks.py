@@ -36,8 +36,19 @@ def keywords(mask: Tensor, query: Tensor, key: Tensor) -> dict[str, Any]:
     batch, q_len, heads, _ = query.shape
     wide = mask.expand(batch, heads, q_len, key.shape[1])
     if mask.dtype == torch.bool:
-        return {"mask_mod": keep, "aux_tensors": [wide.view(torch.uint8)]}
-    return {"score_mod": add, "aux_tensors": [wide]}
+        return {"mask_mod": keep, "aux_tensors": [_with_leading_axis(wide.view(torch.uint8))]}
+    return {"score_mod": add, "aux_tensors": [_with_leading_axis(wide)]}
+
+
+def _with_leading_axis(wide: Tensor) -> Tensor:
+    """Name the axis of stride 1 where the DSL cannot tell it: a mask by distance, as a view, has two of them.
+
+    ``wide`` must be a view made for this call, since the name is an attribute of the tensor object.
+    """
+    unit = [axis for axis, stride in enumerate(wide.stride()) if stride == 1]
+    if len(unit) > 1 and sum(wide.shape[axis] > 1 for axis in unit) != 1:
+        vars(wide)["__leading_dim__"] = unit[-1]
+    return wide
 
 
 @lru_cache(maxsize=4)
