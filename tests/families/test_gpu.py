@@ -44,6 +44,12 @@ CASES = {
     "padding_lse": {"mask": "padding", "lse": True},
     "bool": {"mask": "bool"},
     "bias": {"mask": "bias", "lse": True},
+    # A mask of each head's own where heads share keys, a row and a head without any key, and more than one tile.
+    "bool_per_head_gqa": {"mask": "bool_per_head", "kv_heads": 2, "lse": True, "q_len": 150, "k_len": 333},
+    "bias_inf_gqa": {"mask": "bias_inf", "kv_heads": 2, "lse": True, "q_len": 150, "k_len": 333},
+    "bool_dim_128_fp16": {"mask": "bool", "dim": 128, "dtype": torch.float16},
+    "bool_softcap": {"mask": "bool", "softcap": 3.0},
+    "bias_by_distance": {"mask": "bias_by_distance"},
     "dim_72": {"dim": 72},
     "dim_96": {"dim": 96, "is_causal": True},
     "dim_128": {"dim": 128, "lse": True},
@@ -75,6 +81,18 @@ def mask_of(kind: str | None, batch: int, q_len: int, k_len: int) -> torch.Tenso
         return (torch.rand(batch, 1, q_len, k_len, generator=generator) < 0.7).cuda()
     if kind == "bias":
         return torch.randn(1, HEADS, q_len, k_len, generator=generator).cuda()
+    if kind in ("bool_per_head", "bias_inf"):
+        keep = torch.rand(batch, HEADS, q_len, k_len, generator=generator) < 0.7
+        keep[0, 1, 5] = keep[1, 2] = False
+        keep[2, :, 7, :300] = False
+        return (
+            keep
+            if kind == "bool_per_head"
+            else torch.randn(keep.shape, generator=generator).masked_fill(~keep, float("-inf"))
+        ).cuda()
+    if kind == "bias_by_distance":
+        distances = torch.randn(q_len + k_len - 1, generator=generator).cuda()
+        return distances.as_strided((1, 1, q_len, k_len), (1, 1, 1, 1))
     keep = torch.rand(batch, k_len, generator=generator) < 0.6
     keep[0, : k_len // 3] = False
     keep[1] = False
