@@ -29,7 +29,10 @@ _POISONED_BLOCKS = 4
 _EXACT_STEPS = 2.0
 _FLOAT32_ERROR = 2e-3
 
-_Key = tuple[str, str, str, torch.dtype, int, int]
+# Masks that depend on the query are often another kernel again, compiled when first asked for, and proven then.
+_DENSE = ("bool", "bias")
+
+_Key = tuple[str, str, str, torch.dtype, int, int, str]
 _verdicts: dict[_Key, tuple[Reason, ...]] = {}
 _lock = threading.RLock()
 
@@ -42,7 +45,8 @@ def reasons(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
     """
     if not backend.external or not settings.self_test_enabled() or not _can_run_now(spec):
         return ()
-    key = (backend.name, spec.device, spec.architecture, spec.dtype, spec.head_dim, spec.head_dim_v)
+    kind = spec.mask if spec.mask in _DENSE else ""
+    key = (backend.name, spec.device, spec.architecture, spec.dtype, spec.head_dim, spec.head_dim_v, kind)
     with _lock:
         if key not in _verdicts:
             _verdicts[key] = _test(backend, spec)
@@ -65,7 +69,8 @@ def _test(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
     for call in _allowed_calls(backend, spec):
         problem = _problem(backend, spec, call)
         if problem is not None:
-            what = f"its first-use self-test failed{' with a mask' if call.mask is not None else ''}: {problem}"
+            with_mask = "" if call.mask is None else f" with a {call.mask.kind} mask"
+            what = f"its first-use self-test failed{with_mask}: {problem}"
             fix = (
                 f"reinstall what {backend.name!r} is built with (its package, or Triton) for this torch and GPU, or use "
                 "another backend."
@@ -89,14 +94,16 @@ def _problem(backend: Backend, spec: CallSpec, call: AttentionCall) -> str | Non
 
 
 def _allowed_calls(backend: Backend, spec: CallSpec) -> list[AttentionCall]:
-    """Tiny calls with key padding and without, where the capabilities allow them: they may be different kernels."""
+    """Tiny calls, where the capabilities allow them: with a mask like the call's if that depends on the query, else with
+    key padding and without, which may be two kernels."""
     row = row_for(backend.capabilities, spec.device)
     if row is None:
         return []
+    kinds = (spec.mask,) if spec.mask in _DENSE else ("key_padding", "none")
     calls = []
-    for masked in (True, False) if "key_padding" in row.masks else (False,):
+    for kind in kinds:
         for lse in (True, False):
-            call = _call(spec, masked, lse)
+            call = _call(spec, kind, lse)
             facts = spec_of(call)
             if not reasons_against(backend.capabilities, facts) and not backend.extra_reasons(facts):
                 calls.append(call)
@@ -104,7 +111,7 @@ def _allowed_calls(backend: Backend, spec: CallSpec) -> list[AttentionCall]:
     return calls
 
 
-def _call(spec: CallSpec, masked: bool, lse: bool) -> AttentionCall:
+def _call(spec: CallSpec, kind: str, lse: bool) -> AttentionCall:
     generator = torch.Generator().manual_seed(0)
 
     def tensor(head_dim: int, offset: float = 0.0) -> Tensor:
@@ -114,12 +121,21 @@ def _call(spec: CallSpec, masked: bool, lse: bool) -> AttentionCall:
         return values.to(spec.device, spec.dtype)
 
     query, key, value = tensor(spec.head_dim), tensor(spec.head_dim, 1.0), tensor(spec.head_dim_v)
-    mask = None
-    if masked:
+    return AttentionCall(query, key, value, _mask(kind, spec.device), scale=spec.head_dim**-0.5, return_lse=lse)
+
+
+def _mask(kind: str, device: str) -> Mask | None:
+    """Of the kind, with rows that see no key."""
+    if kind == "none":
+        return None
+    if kind == "key_padding":
         keep = torch.ones(3, _LENGTH, dtype=torch.bool)
         keep[0, 3:60] = keep[1, 150:] = keep[2, :] = False
-        mask = Mask("key_padding", keep.to(spec.device))
-    return AttentionCall(query, key, value, mask, scale=spec.head_dim**-0.5, return_lse=lse)
+        return Mask("key_padding", keep.to(device))
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(3, _HEADS, _LENGTH, _LENGTH, generator=generator)
+    bias[0, 1, 5] = float("-inf")
+    return Mask(kind, (bias if kind == "bias" else bias > 0).to(device))
 
 
 def _poison(call: AttentionCall) -> None:

@@ -75,6 +75,21 @@ def test_verdict_is_kept_per_dtype_and_head_dim(on_cpu):
     assert len(runs) == 3
 
 
+def _upside_down(out, lse, call):
+    wrong = call.mask is not None and call.mask.kind in ("bool", "bias")
+    return AttentionOutput(out.flip(1) if wrong else out, lse)
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_masks_that_depend_on_the_query_are_proven_when_first_asked_for(kind, on_cpu):
+    backend, _ = on_cpu("xformers", "xformers-0.0.35")
+    assert self_test.reasons(altered(backend, _upside_down), spec()) == ()
+    [reason] = self_test.reasons(altered(backend, _upside_down), spec()._replace(mask=kind))
+    assert f"with a {kind} mask" in reason.what
+    self_test.forget()
+    assert self_test.reasons(backend, spec()._replace(mask=kind)) == ()
+
+
 def test_it_can_be_switched_off(on_cpu, monkeypatch):
     backend, _ = on_cpu("flash", "flash_attn-2.8.3")
     monkeypatch.setenv("ATTENTION_DISPATCH_SELF_TEST", "0")
