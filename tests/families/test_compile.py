@@ -171,7 +171,9 @@ def test_a_refusal_in_a_graph_is_the_refusal_of_an_eager_call(fullgraph, require
         with pytest.raises(BackendRejectedError, match="backend 'flash' cannot run this call") as caught:
             compiled(*call)
         assert caught.value.codes == ("mask",)
-        assert "bool mask" in str(caught.value) and "CallSpec" not in str(caught.value)
+        # torch 2.9 adds where in its graph it was.
+        message = str(caught.value).partition("While executing")[0]
+        assert "bool mask" in message and "CallSpec" not in message
 
 
 def test_an_unavailable_backend_in_a_graph_says_what_to_install(registered):
