@@ -286,3 +286,19 @@ def test_flex_tells_masks_apart_that_differ_in_a_number(style):
             continue
         out = dispatch_attention_fn(query, key, value, mask, backend="flex")
         assert_close(out, attend(query.double(), key.double(), value.double(), keep=distance <= reach)[0])
+
+
+def test_flex_in_a_graph_tells_masks_apart_that_differ_in_a_default_or_refuses_them():
+    query, key, value = tensors()
+    torch._dynamo.reset()
+    distance = (torch.arange(24)[None] - torch.arange(24)[:, None]).abs()
+    attend_on_flex = torch.compile(
+        lambda mask: dispatch_attention_fn(query, key, value, mask, backend="flex"), fullgraph=True, backend="eager"
+    )
+    for reach in (0, 2, 5):
+        mask = create_block_mask(_reaching("default", reach), None, None, 24, 24, device="cpu")
+        if release(torch.__version__)[:2] < (2, 12):
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="InvalidCallError"):
+                attend_on_flex(mask)
+            continue
+        assert_close(attend_on_flex(mask), attend(query.double(), key.double(), value.double(), keep=distance <= reach)[0])

@@ -21,6 +21,10 @@ from .source import release
 # Before 2.12, functions that differ in nothing but the defaults of their arguments share what was compiled for the first
 # of them, so that all give its result (seen in 2.9 to 2.11).
 _DEFAULTS_ARE_FORGOTTEN = release(torch.__version__)[:2] < (2, 12)
+_FORGOTTEN = (
+    "functions for a BlockMask that differ only in the defaults of their arguments are compiled as one. Let them take the "
+    "value from an enclosing function instead: def make(reach): return lambda b, h, q, k: (q - k).abs() <= reach"
+)
 
 
 def _causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -82,15 +86,15 @@ def with_explicit_defaults(block_mask: BlockMask) -> BlockMask:
         InvalidCallError: a function that mask_mod calls has defaults, which cannot be passed for it.
     """
     mod = block_mask.mask_mod
-    if not _DEFAULTS_ARE_FORGOTTEN or torch.compiler.is_compiling():
+    if not _DEFAULTS_ARE_FORGOTTEN:
+        return block_mask
+    defaults = getattr(mod, "__defaults__", None)
+    if torch.compiler.is_compiling():
+        if defaults:
+            raise InvalidCallError(f"in a graph of torch before 2.12, {_FORGOTTEN}")
         return block_mask
     if any(inner.__defaults__ for inner in _called_by(mod)):
-        raise InvalidCallError(
-            f"torch {torch.__version__} compiles functions that differ only in the defaults of their arguments as one, and "
-            "the BlockMask's mask_mod calls a function with defaults. Let it take the value from an enclosing function "
-            "instead (def make(reach): return lambda b, h, q, k: (q - k).abs() <= reach), or update torch to 2.12."
-        )
-    defaults = getattr(mod, "__defaults__", None)
+        raise InvalidCallError(f"mask_mod calls a function with defaults, and before torch 2.12 {_FORGOTTEN}")
     if not defaults:
         return block_mask
     explicit = copy.copy(block_mask)
