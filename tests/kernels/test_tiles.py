@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_dispatch import dispatch_attention_fn, tuning
+from attention_dispatch import dispatch_attention_fn, kernels, registry, self_test, tuning
 from attention_dispatch.call import canonicalise, spec_of
 from attention_dispatch.kernels import tiles
 from attention_dispatch.kernels.tiles import Tile
@@ -38,7 +38,7 @@ def test_the_fastest_right_tile_wins(device: str) -> None:
         timed.append(ways)
         return {tile: Timing(50.0 if tile == [*ways][-1] else 100.0, 0.0, 5) for tile in ways}
 
-    everything = measure_tiles(call, spec_of(call), timer=timer)
+    everything = measure_tiles(call, spec_of(call), quantised=True, timer=timer)
     assert {one.backend for one in everything} == {"triton_flash", "triton_sage", "triton_sage_fp16"}
     for found, ways in zip(everything, timed, strict=True):
         assert found.choice == [*ways][-1] != found.before
@@ -68,8 +68,22 @@ def test_a_tile_that_computes_something_else_is_rejected(device: str, monkeypatc
 
     monkeypatch.setattr(flash, "flash_forward_kernel", Miscompiled())
     with pytest.warns(UserWarning, match="128 x 64, 8 warps, 3 stages is wrong for"):
-        found = measure_tiles(call, spec_of(call), known=lambda key: key.kernel != "flash", timer=as_fast)
+        found = measure_tiles(call, spec_of(call), timer=as_fast)
     assert [(one.choice, [*one.rejected]) for one in found] == [(found[0].before, [wrong])]
+
+
+def test_a_kernel_that_fails_does_not_end_the_model_that_is_measured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = canonicalise(*tensors(device))
+    spec = spec_of(call)
+    assert registry.status("triton_flash").available
+    self_test.reasons(registry.get("triton_flash"), spec)
+
+    def fails(*_, **__):
+        raise MemoryError("not enough memory")
+
+    monkeypatch.setattr(kernels, "flash_attention", fails, raising=False)
+    with pytest.warns(UserWarning, match="not enough memory"):
+        assert measure_tiles(call, spec, names=["triton_flash"], timer=as_fast) == []
 
 
 def as_fast(ways, where, budget_s, policy):

@@ -17,8 +17,8 @@ from attention_dispatch.known_bad import KnownBad
 from attention_dispatch.resolve import extent_of
 from attention_dispatch.tuning import candidates as candidates_module
 from attention_dispatch.tuning import session, store
-from attention_dispatch.tuning.measure import Timing, measure
-from attention_dispatch.tuning.session import fastest, measure_call
+from attention_dispatch.tuning.choice import measure_call
+from attention_dispatch.tuning.measure import Timing, fastest, measure
 from attention_dispatch.tuning.store import Extent
 
 from .entries import entry

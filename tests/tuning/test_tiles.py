@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -88,3 +89,11 @@ def test_a_scope_ends_with_what_was_before():
         assert in_use() == Tile(16, 16, 4, 1)
         raise ZeroDivisionError
     assert in_use() == before
+
+
+def test_what_a_thread_tries_is_its_own():
+    before = in_use()
+    with tiles.using(KEY, Tile(16, 16, 4, 1)), ThreadPoolExecutor(1) as other:
+        assert other.submit(in_use).result() == before
+        assert tiles.asked_by(lambda: other.submit(tiles.forward_tile, torch.zeros(1, 1, 1, 64), 64, "padded").result()) == {}
+        assert in_use() == Tile(16, 16, 4, 1)

@@ -137,6 +137,12 @@ def _report(options: argparse.Namespace, scope: tuning, device: str) -> None:
         print(json.dumps({**measured, **shapes_of_tiles}, indent=2))
         return
     print(scope)
+    if options.tiles and not scope.tiles:
+        print(
+            "No tile was measured: no Triton kernel with tiles to choose ran these calls (see attention-dispatch list), or "
+            "theirs are stored already (--again); 8-bit kernels need --quantised.",
+            file=sys.stderr,
+        )
     if scope.measurements or scope.tiles:
         print(f"\nstored in {store.path(device)}", file=sys.stderr)
     elif options.script:

@@ -8,6 +8,7 @@ before the table.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -70,7 +71,16 @@ _SHARED_BYTES = 227 * 1024
 KINDS = ("plain", "padded", "rich")
 
 _measured: dict[TileKey, Tile] = {}
-_asked: list[tuple[TileKey, Tile]] | None = None
+
+
+class _Trial(threading.local):
+    """What a measurement tries in its own thread; other threads' calls keep their tiles."""
+
+    tiles: Mapping[TileKey, Tile] | None = None
+    asked: dict[TileKey, Tile] | None = None
+
+
+_trial = _Trial()
 
 
 def problem_with(key: TileKey, tile: Tile) -> str | None:
@@ -111,24 +121,24 @@ def use(tiles: Mapping[TileKey, Tile]) -> None:
 
 @contextmanager
 def using(key: TileKey, tile: Tile) -> Iterator[None]:
-    """Take a tile inside the scope."""
-    before = _measured
-    use({**before, key: tile})
+    """Take a tile inside the scope, in this thread."""
+    before = _trial.tiles
+    _trial.tiles = {**(before or {}), key: tile}
     try:
         yield
     finally:
-        use(before)
+        _trial.tiles = before
 
 
 def asked_by(run: Callable[[], object]) -> dict[TileKey, Tile]:
-    """The choices that ``run`` makes now; empty where it uses kernels whose tiles are fixed."""
-    global _asked
-    _asked = []
+    """The choices that ``run`` makes now, in this thread; empty where it uses kernels whose tiles are fixed."""
+    found: dict[TileKey, Tile] = {}
+    _trial.asked = found
     try:
         run()
-        return dict(_asked)
     finally:
-        _asked = None
+        _trial.asked = None
+    return found
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -181,7 +191,8 @@ def backward_tiles(query: Tensor, head_dim: int) -> tuple[dict[str, Any], dict[s
 
 
 def _chosen(kernel: str, query: Tensor, head_dim: int, kind: str, default: Tile, tma: bool) -> dict[str, Any]:
-    if not _measured and _asked is None:
+    trial, asked = _trial.tiles, _trial.asked
+    if not _measured and trial is None and asked is None:
         return _arguments(default, tma)
     device = query.device
     architecture = device.type
@@ -189,9 +200,9 @@ def _chosen(kernel: str, query: Tensor, head_dim: int, kind: str, default: Tile,
         major, minor = torch.cuda.get_device_capability(device)
         architecture = f"sm_{major}{minor}"
     key = TileKey(kernel, architecture, str(query.dtype).removeprefix("torch."), head_dim, kind)
-    tile = _measured.get(key, default)
-    if _asked is not None:
-        _asked.append((key, tile))
+    tile = (trial or {}).get(key) or _measured.get(key, default)
+    if asked is not None:
+        asked[key] = tile
     return _arguments(tile, tma)
 
 

@@ -61,9 +61,10 @@ def _hub_kernels() -> dict[str, str]:
     facts = {"LOCAL_KERNELS": os.environ["LOCAL_KERNELS"]} if os.environ.get("LOCAL_KERNELS") else {}
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     folder = os.environ.get("KERNELS_CACHE") or os.environ.get("HF_HUB_CACHE") or Path(home, "hub")
-    for reference in Path(folder).expanduser().glob(f"*--{_HUB_OWNER}--*/refs/*"):
-        repository = reference.parts[-3].partition("--")[2].replace("--", "/")
-        with contextlib.suppress(OSError):
+    # Without a home directory (RuntimeError), or rights to read it, there is no cache either.
+    with contextlib.suppress(OSError, RuntimeError):
+        for reference in Path(folder).expanduser().glob(f"*--{_HUB_OWNER}--*/refs/*"):
+            repository = reference.parts[-3].partition("--")[2].replace("--", "/")
             facts[f"{repository}@{reference.name}"] = reference.read_text(encoding="ascii", errors="replace").strip()
     return facts
 

@@ -19,6 +19,8 @@ _MAX_ROUNDS = 40
 _HOPELESS = 4.0
 
 
+# What is faster must be so by this much before it replaces the choice in use: below lies what timings differ by anyway.
+MARGIN = 0.02
 # The name of a way to do the thing.
 Way = TypeVar("Way", bound=Hashable)
 
@@ -79,6 +81,16 @@ def fastest(times: Mapping[Way, Timing], incumbent: Way, margin: float) -> Way:
     held, found = times[incumbent], times[best]
     noise = max(margin * held.median_us, min(held.spread_us, found.spread_us) / 2)
     return best if held.median_us - found.median_us > noise else incumbent
+
+
+def ranking(times: Mapping[str, Timing], base: str, rejected: Mapping[str, str]) -> list[str]:
+    """A line for each, fastest first, with its speed over that of ``base``; then what was rejected, and why."""
+    ordered = sorted(times.items(), key=lambda item: item[1].median_us)
+    held = times[base].median_us
+    lines = [
+        f"  {name:32} {timing.median_us:12.1f} us  {held / timing.median_us:5.2f} x {base}" for name, timing in ordered
+    ]
+    return [*lines, *(f"  {name:32} rejected: {why}" for name, why in rejected.items())]
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:

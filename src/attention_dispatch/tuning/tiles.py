@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..call import AttentionCall, AttentionOutput, CallSpec, describe
@@ -13,7 +13,7 @@ from ..kernels.tiles import Tile, TileKey
 from ..registry import Backend
 from . import exactness, store
 from .candidates import candidates, runner
-from .measure import Timing, fastest, measure
+from .measure import MARGIN, Timing, fastest, measure, ranking
 
 FAMILY = "triton"
 _warned: set[str] = set()
@@ -35,39 +35,48 @@ class TileMeasurement(NamedTuple):
     rejected: dict[Tile, str]
 
     def __str__(self) -> str:
-        lines = [f"{self.backend}, {self.key}: {_words(self.choice)}"]
-        base = self.times[self.before].median_us
-        for tile, timing in sorted(self.times.items(), key=lambda item: item[1].median_us):
-            lines.append(f"  {_words(tile):32} {timing.median_us:12.1f} us  {base / timing.median_us:5.2f} x before")
-        lines += [f"  {_words(tile):32} rejected: {why}" for tile, why in self.rejected.items()]
-        return "\n".join(lines)
+        times = {_words(tile): timing for tile, timing in self.times.items()}
+        rejected = {_words(tile): why for tile, why in self.rejected.items()}
+        ranked = ranking(times, _words(self.before), rejected)
+        return "\n".join([f"{self.backend}, {self.key}: {_words(self.choice)}", *ranked])
 
 
 def measure_tiles(
     call: AttentionCall,
     spec: CallSpec,
     *,
+    quantised: bool = False,
+    names: Sequence[str] | None = None,
     known: Callable[[TileKey], bool] = lambda key: False,
-    margin: float = 0.02,
+    margin: float = MARGIN,
     budget_s: float = 0.2,
     timer: Callable[..., dict[Any, Timing]] = measure,
 ) -> list[TileMeasurement]:
-    """Measure tiles for the forward pass of each Triton backend that can run a call.
+    """Measure tiles for the forward pass of each Triton backend that can run a call; warns of those that cannot after all.
 
     Args:
+        quantised: 8-bit backends too, where ``names`` is None. names: of these backends only.
         known: which keys to leave alone. margin: fraction by which a tile must beat the one in use.
         budget_s: seconds to spend on each tile, roughly.
     """
     found = []
     forward = spec._replace(grad=False, mask_grad=False)
     exact = exactness.sample(call)
-    for backend in candidates(forward, True):
+    for backend in candidates(forward, quantised, names):
         if backend.family != FAMILY:
             continue
         run = runner(backend, call, forward)
-        for key, before in tiles.asked_by(run).items():
-            if not known(key):
-                found.append(_measure_key(backend, call, forward, run, exact, key, before, margin, budget_s, timer))
+        try:
+            asked = tiles.asked_by(run)
+        except Exception as error:  # a kernel that fails here must not end the model that is being measured
+            warnings.warn(f"{backend.name!r} failed on {describe(call, spec)}: {error}.", stacklevel=2)
+            continue
+        for key, before in asked.items():
+            if known(key):
+                continue
+            one = _measure_key(backend, call, forward, run, exact, key, before, margin, budget_s, timer)
+            if one is not None:
+                found.append(one)
     return found
 
 
@@ -82,7 +91,9 @@ def _measure_key(
     margin: float,
     budget_s: float,
     timer: Callable[..., dict[Any, Timing]],
-) -> TileMeasurement:
+) -> TileMeasurement | None:
+    """None where the tile in use fails itself, which leaves nothing to compare with."""
+
     def with_tile(tile: Tile) -> Callable[[], AttentionOutput]:
         def way() -> AttentionOutput:
             with tiles.using(key, tile):
@@ -107,7 +118,8 @@ def _measure_key(
             rejected[tile] = why
             warnings.warn(f"{_words(tile)} is wrong for {describe(call, spec)}: {why}.", stacklevel=2)
     if before not in ways:
-        raise RuntimeError(f"{backend.name!r} does not run {describe(call, spec)}: {rejected[before]}")
+        warnings.warn(f"{_words(before)} fails for {describe(call, spec)}: {rejected[before]}.", stacklevel=2)
+        return None
     times = timer(ways, call.query.device, budget_s, "eager")
     return TileMeasurement(backend.name, key, fastest(times, before, margin), before, times, rejected)
 
