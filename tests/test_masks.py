@@ -14,8 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 from attention_dispatch import BackendRejectedError, InvalidCallError, dispatch_attention_fn, explain, masks
-from attention_dispatch.backends import flex
-from attention_dispatch.backends.source import release
+from attention_dispatch.backends import flex, mask_mods
 from attention_dispatch.testing import attend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,13 +273,21 @@ def _reaching(style: str, reach: int):
     return lambda b, h, q, k: (q - k).abs() <= reach
 
 
+@pytest.fixture(params=["as it is", "as before 2.12"])
+def forgets_defaults(request, monkeypatch) -> bool:
+    """Whether torch is taken to forget defaults; where it does not, what is done about it must do no harm."""
+    if request.param == "as before 2.12":
+        monkeypatch.setattr(mask_mods, "_DEFAULTS_ARE_FORGOTTEN", True)
+    return mask_mods._DEFAULTS_ARE_FORGOTTEN
+
+
 @pytest.mark.parametrize("style", ["default", "nested default", "closure"])
-def test_flex_tells_masks_apart_that_differ_in_a_number(style):
+def test_flex_tells_masks_apart_that_differ_in_a_number(style, forgets_defaults):
     query, key, value = tensors()
     distance = (torch.arange(24)[None] - torch.arange(24)[:, None]).abs()
     for reach in (0, 2, 5):
         mask = create_block_mask(_reaching(style, reach), None, None, 24, 24, device="cpu")
-        if style == "nested default" and release(torch.__version__)[:2] < (2, 12):
+        if style == "nested default" and forgets_defaults:
             with pytest.raises(InvalidCallError, match="enclosing function"):
                 dispatch_attention_fn(query, key, value, mask, backend="flex")
             continue
@@ -288,7 +295,7 @@ def test_flex_tells_masks_apart_that_differ_in_a_number(style):
         assert_close(out, attend(query.double(), key.double(), value.double(), keep=distance <= reach)[0])
 
 
-def test_flex_in_a_graph_tells_masks_apart_that_differ_in_a_default_or_refuses_them():
+def test_flex_in_a_graph_tells_masks_apart_that_differ_in_a_default_or_refuses_them(forgets_defaults):
     query, key, value = tensors()
     torch._dynamo.reset()
     distance = (torch.arange(24)[None] - torch.arange(24)[:, None]).abs()
@@ -297,8 +304,34 @@ def test_flex_in_a_graph_tells_masks_apart_that_differ_in_a_default_or_refuses_t
     )
     for reach in (0, 2, 5):
         mask = create_block_mask(_reaching("default", reach), None, None, 24, 24, device="cpu")
-        if release(torch.__version__)[:2] < (2, 12):
+        if forgets_defaults:
             with pytest.raises(torch._dynamo.exc.Unsupported, match="InvalidCallError"):
                 attend_on_flex(mask)
             continue
         assert_close(attend_on_flex(mask), attend(query.double(), key.double(), value.double(), keep=distance <= reach)[0])
+
+
+def test_a_mask_function_may_hold_itself(forgets_defaults):
+    def within(b, h, q, k):
+        return ((q - k).abs() <= 2) & (within is not None)
+
+    query, key, value = tensors()
+    distance = (torch.arange(24)[None] - torch.arange(24)[:, None]).abs()
+    mask = create_block_mask(within, None, None, 24, 24, device="cpu")
+    out = dispatch_attention_fn(query, key, value, mask, backend="flex")
+    assert_close(out, attend(query.double(), key.double(), value.double(), keep=distance <= 2)[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 24), (1, 1, 24, 24), (2, 4, 24, 24)])
+def test_masks_in_graphs_that_cannot_summarise_them(shape, monkeypatch):
+    """What torch 2.9 needs, on any torch."""
+    monkeypatch.setattr(flex, "_CANNOT_SUMMARISE_IN_A_GRAPH", True)
+    torch._dynamo.reset()
+    query, key, value = tensors()
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    run = torch.compile(
+        lambda q, m: dispatch_attention_fn(q, key, value, m, is_causal=True, backend="flex"), fullgraph=True, backend="eager"
+    )
+    wide = mask if mask.ndim == 4 else mask[:, None, None]
+    expected = attend(query.double(), key.double(), value.double(), keep=wide, is_causal=True)[0]
+    assert_close(run(query, mask), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -65,6 +67,14 @@ CAUGHT_BY = {
 def test_a_wrong_backend_fails_the_case_meant_for_its_mistake(mistake, case):
     with pytest.raises(ConformanceError):
         check_conformance(WRONG_BACKENDS[mistake], CASES[case])
+
+
+@pytest.mark.parametrize(("mistake", "case"), CAUGHT_BY.items())
+def test_the_tolerance_of_a_quantised_backend_hides_no_mistake(mistake, case):
+    backend = WRONG_BACKENDS[mistake]
+    rows = tuple(replace(row, tolerance=Tolerance(0.03, 0.999)) for row in backend.capabilities)
+    with pytest.raises(ConformanceError):
+        check_conformance(replace(backend, capabilities=rows), CASES[case])
 
 
 def test_a_stale_result_fails():

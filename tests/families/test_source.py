@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -180,10 +181,23 @@ def test_broken_hub_kernel_keeps_the_loaders_message(any_device, tmp_path):
 
 
 def test_missing_kernels_library(any_device, monkeypatch):
-    find_spec = source.importlib.util.find_spec
-    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None if name == "kernels" else find_spec(name))
+    version = source.installed_version
+    without = functools.cache(lambda name: None if name == "kernels" else version(name))
+    monkeypatch.setattr(source, "installed_version", without)
     assert codes("flash_hub") == ["package"]
     assert "kernels>=0.12" in str(registry.status("flash_hub"))
+
+
+def test_a_folder_called_kernels_is_not_the_library(any_device, tmp_path, monkeypatch):
+    pytest.importorskip("kernels", reason="the kernels library is not installed: pip install kernels")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kernels"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert codes("flash_hub") == ["import"]
+    assert str(tmp_path / "kernels") in str(registry.status("flash_hub"))
+    sys.modules.pop("kernels")
 
 
 def test_both_rows_of_a_source_load_it_once_from_many_threads(any_device, monkeypatch):

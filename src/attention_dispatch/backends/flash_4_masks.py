@@ -75,7 +75,7 @@ def limits(spec: CallSpec) -> tuple[Reason, ...]:
     if spec.mask not in KINDS:
         return ()
     reasons = []
-    if spec.architecture not in ("sm_90", ""):
+    if spec.architecture.startswith("sm_10"):
         what = f"masks that depend on the query were checked on sm_90 only, not on {spec.architecture}"
         reasons.append(Reason("mask", what, "use backend='native' for this mask."))
     if spec.grad:

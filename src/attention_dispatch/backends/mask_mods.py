@@ -103,10 +103,14 @@ def with_explicit_defaults(block_mask: BlockMask) -> BlockMask:
 
 
 def _called_by(mod: Any) -> Iterator[FunctionType]:
-    """Functions that a function holds in its closure, and those that these hold."""
-    for cell in getattr(mod, "__closure__", None) or ():
-        held = cell.cell_contents
-        for inner in held if isinstance(held, (tuple, list)) else (held,):
-            if isinstance(inner, FunctionType):
-                yield inner
-                yield from _called_by(inner)
+    """Functions that a function holds in its closure, and those that these hold; each once, since one may hold itself."""
+    seen: set[FunctionType] = set()
+    waiting = [mod]
+    while waiting:
+        for cell in getattr(waiting.pop(), "__closure__", None) or ():
+            held = cell.cell_contents
+            for inner in held if isinstance(held, (tuple, list)) else (held,):
+                if isinstance(inner, FunctionType) and inner not in seen:
+                    seen.add(inner)
+                    waiting.append(inner)
+                    yield inner

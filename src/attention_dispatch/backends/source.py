@@ -107,11 +107,11 @@ class HubKernel:
 
     def probe(self) -> tuple[Reason, ...]:
         """Reasons why the ``kernels`` library is missing or too old; downloads nothing."""
-        if importlib.util.find_spec("kernels") is None:
+        found = installed_version("kernels")
+        if found is None:
             what = f"the kernels library, which loads {self.repository}, is not installed"
             return (Reason("package", what, f"install it: {KERNELS_INSTALL}"),)
-        found = installed_version("kernels")
-        if found is not None and release(found) < release(KERNELS_MINIMUM):
+        if release(found) < release(KERNELS_MINIMUM):
             what = f"kernels {found} is installed, {KERNELS_MINIMUM} or newer is needed"
             return (Reason("version", what, f"update it: {KERNELS_INSTALL}"),)
         return ()
@@ -123,7 +123,15 @@ class HubKernel:
             BackendUnavailableError: no build for this torch, offline and not cached, not trusted, or a broken build.
         """
         try:
-            module = self._import(importlib.import_module("kernels"))
+            library = importlib.import_module("kernels")
+            # A folder of that name in the working directory is found before the library.
+            if not hasattr(library, "get_kernel"):
+                where = getattr(library, "__file__", None) or ", ".join(library.__path__)
+                what = f"the module 'kernels' that Python finds at {where} is not the Hugging Face library"
+                raise _unavailable(self.label, Reason("import", what, "rename it, or start Python in another folder."))
+            module = self._import(library)
+        except BackendUnavailableError:
+            raise
         except Exception as error:  # the library raises its own, the Hub client's and the kernel's exceptions
             raise _unavailable(self.label, self._reason(error)) from error
         return _checked(self.label, module, self.functions, "", f"a newer version of {self.repository}")
