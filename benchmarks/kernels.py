@@ -7,13 +7,14 @@ starts after a rest (`--rest`, 0.1 s): long calls reach the power limit of an H1
 falls by up to a quarter, and without a rest a kernel pays for the one before it. `--rest 0` shows that. Quantised kernels are timed end to end, quantisation included. Times are medians over CUDA-event timings; TFLOP/s counts 4·B·H·Sq·Sk·D, halved
 under a causal mask, times 3.5 for forward and backward. K carries a per-channel offset of 2σ, as diffusion transformers' keys
 do. Errors are relative L2 against float64 on one head; a kernel whose error exceeds its tolerance gets no speed-up.
-Besides torch's kernels, `sageattention` and `flash_attn_interface` (FlashAttention-3) are measured where they are installed.
+Besides torch's kernels, SageAttention and FlashAttention 2, 3 and 4 are measured where they are installed.
 `first call` is the time of the first call in this process: compilation, or where Triton's cache on disk has the kernel, loading it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -72,6 +73,7 @@ SHAPES = [
 BACKWARD_SHAPES = [Shape(2, 4096, 4096, 24, 128), Shape(2, 4096, 4096, 24, 64), Shape(2, 4096, 4096, 24, 128, causal=True)]
 PLOT_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 NOT_DRAWN = "aten efficient"
+DIFFERENTIABLE = ("cudnn", "aten flash", "flash_attn_2", "flash_attn_4", "triton_flash")
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Shape, "Tensor | None"], Tensor]
 
@@ -117,16 +119,31 @@ def installed_kernels() -> dict[str, Kernel]:
 
         found["sageattention"] = sage
     if importlib.util.find_spec("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_func
+        from flash_attn_interface import flash_attn_func as flash3
 
-        def flash3(query: Tensor, key: Tensor, value: Tensor, shape: Shape, padding: Tensor | None) -> Tensor:
-            if padding is not None:
-                raise NotImplementedError("this call of FlashAttention-3 takes no key padding")
-            out = flash_attn_func(query, key, value, causal=shape.causal)
-            return out[0] if isinstance(out, tuple) else out
+        found["flash_attn_3"] = dense(flash3)
+    if importlib.util.find_spec("flash_attn_2_cuda"):
+        from flash_attn import flash_attn_func as flash2
 
-        found["flash_attn_3"] = flash3
+        found["flash_attn_2"] = dense(flash2)
+    # FlashAttention 2's own wheel has an old folder flash_attn/cute.
+    if importlib.util.find_spec("cutlass") and any(importlib.metadata.distributions(name="flash-attn-4")):
+        from flash_attn.cute import flash_attn_func as flash4
+
+        found["flash_attn_4"] = dense(flash4)
     return found
+
+
+def dense(function: Callable[..., Any]) -> Kernel:
+    """A ``flash_attn_func`` of FlashAttention."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, shape: Shape, padding: Tensor | None) -> Tensor:
+        if padding is not None:
+            raise NotImplementedError("flash_attn_func takes no key padding")
+        out = function(query, key, value, causal=shape.causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
 
 
 def make_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -236,14 +253,9 @@ def with_speedups(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
-def measure_backward(shape: Shape, pace: Pace) -> list[dict[str, Any]]:
+def measure_backward(shape: Shape, kernels: dict[str, Kernel], pace: Pace) -> list[dict[str, Any]]:
     query, key, value, _ = make_inputs(shape)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    kernels = {
-        "cudnn": torch_kernel(SDPBackend.CUDNN_ATTENTION),
-        "aten flash": torch_kernel(SDPBackend.FLASH_ATTENTION),
-        "triton_flash": own_kernel("triton_flash"),
-    }
     grad = torch.randn_like(query)
     half = [x[:1, :, :1].detach().double().requires_grad_() for x in leaves]
     scores = torch.einsum("bqhd,bkhd->bhqk", half[0], half[1]) * shape.head_dim**-0.5
@@ -259,7 +271,11 @@ def measure_backward(shape: Shape, pace: Pace) -> list[dict[str, Any]]:
         def run(kernel: Kernel = kernel) -> tuple[Tensor, ...]:
             return torch.autograd.grad(kernel(*leaves, shape, None), leaves, grad)
 
-        got = run()
+        try:
+            got = run()
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"  {name}: cannot run this ({str(error).splitlines()[0][:90]})")
+            continue
         error = max(
             float((g[:1, :, :1].double() - w).norm() / w.norm()) for g, w in zip(got, want)
         )
@@ -317,6 +333,7 @@ def plot(path: str, gpu: str, results: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", type=Shape.parse, help="BxSxHxD, e.g. 1x16384x24x128 (default: the table)")
+    parser.add_argument("--kernels", nargs="*", metavar="NAME", help="measure these only (default: all that are installed)")
     parser.add_argument("--json", help="write every result to this file")
     parser.add_argument("--lengths", action="store_true", help="also measure the lengths of the plot")
     parser.add_argument("--plot", help="write TFLOP/s by length to this PNG; measures the lengths")
@@ -344,6 +361,12 @@ def main() -> None:
         **installed_kernels(),
         **{name: own_kernel(name) for name in ("triton_flash", "triton_sage", "triton_sage_fp16")},
     }
+    if arguments.kernels:
+        unknown = set(arguments.kernels) - set(kernels)
+        if unknown:
+            parser.error(f"no kernel {', '.join(sorted(unknown))} here; there are {', '.join(map(repr, kernels))}")
+        kernels = {name: run for name, run in kernels.items() if name in arguments.kernels}
+    differentiable = {name: run for name, run in kernels.items() if name in DIFFERENTIABLE}
     everything: list[dict[str, Any]] = []
 
     def record(results: list[dict[str, Any]]) -> None:
@@ -361,7 +384,7 @@ def main() -> None:
     if not arguments.shapes:
         for shape in BACKWARD_SHAPES:
             print(f"{shape} forward and backward", flush=True)
-            results = measure_backward(shape, pace)
+            results = measure_backward(shape, differentiable, pace)
             show(results)
             record(results)
     if arguments.lengths or arguments.plot:

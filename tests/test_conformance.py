@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUILT_IN = ("native", "_native_math", "_native_flash", "flex", "reference")
 # Their kernels are compiled anew for each kind of call, which on a GPU takes seconds.
-COMPILED_FAMILIES = ("flex", "triton")
+COMPILED = {"flex", "triton_flash", "triton_sage", "triton_sage_fp16", "flash_4", "flash_4_hub"}
 
 
 def skip_unless_available(name: str) -> None:
@@ -63,7 +63,7 @@ def test_exact_or_refused_as_declared_on_a_gpu(name, cuda):
     outcomes: dict[str, Outcome] = {}
     failures: dict[str, str] = {}
     for case in conformance_cases(cuda):
-        if backend.family in COMPILED_FAMILIES and not case.core and not _refuses(backend, case, cuda):
+        if name in COMPILED and not case.core and not _refuses(backend, case, cuda):
             continue
         try:
             outcomes[case.name] = check_conformance(name, case, cuda)

@@ -51,6 +51,8 @@ def _installed(distribution: str, first: str, last: str) -> Callable[[], bool]:
 
 
 _B200 = ("sm_100", "sm_103")
+_FLASH_4 = ("flash_4", "flash_4_hub")
+_FLASH_4_HANGS = "https://github.com/Dao-AILab/flash-attention/issues/2797"
 _SAGE_HOPPER = ("sage", "_sage_qk_int8_pv_fp8_cuda_sm90")
 
 KNOWN_BAD: tuple[KnownBad, ...] = (
@@ -110,6 +112,24 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         "pad keys to a multiple of 64 under a mask, or install SageAttention 2: "
         "pip install git+https://github.com/thu-ml/SageAttention --no-build-isolation.",
         "https://pypi.org/project/sageattention/1.0.6/",
+    ),
+    KnownBad(
+        _FLASH_4,
+        "refuse",
+        _installed("nvidia-cutlass-dsl", "4.6.0", "4.6.3"),
+        lambda spec: spec.grad and spec.architecture == "sm_90",
+        "the backward pass of FlashAttention 4 never returns on Hopper where nvidia-cutlass-dsl 4.6 compiled it",
+        "update its compiler: pip install -U 'nvidia-cutlass-dsl>=4.8.1' 'quack-kernels>=0.6.5'.",
+        _FLASH_4_HANGS,
+    ),
+    KnownBad(
+        _FLASH_4,
+        "refuse",
+        _installed("nvidia-cutlass-dsl", "4.6.0", "4.6.1"),
+        lambda spec: spec.grad and spec.architecture in _B200,
+        "the backward pass of FlashAttention 4 never returns on Blackwell where nvidia-cutlass-dsl 4.6.0 or 4.6.1 compiled it",
+        "update its compiler: pip install -U 'nvidia-cutlass-dsl>=4.8.1' 'quack-kernels>=0.6.5'.",
+        _FLASH_4_HANGS,
     ),
     KnownBad(
         ("xformers",),

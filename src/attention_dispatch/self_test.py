@@ -2,12 +2,15 @@
 
 A version does not vouch for a build (a released SageAttention writes nothing on Hopper, and the repaired one carries
 the same version), nor does a test on one machine for what Triton compiles on another; so each kernel is asked once per
-(device, dtype, head dims) and process, and the verdict is kept.
+(device, dtype, head dims) and process, and the verdict is kept. Backward passes are kernels of their own (FlashAttention 4
+had a wrong gradient of q at head dim 40, beside a right output): they are proven when gradients are first needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,11 +31,13 @@ _POISONED_BLOCKS = 4
 # An exact kernel's own error is about a quarter of the dtype's step; TF32 products set the floor for float32.
 _EXACT_STEPS = 2.0
 _FLOAT32_ERROR = 2e-3
+# Gradients pass through one more product than outputs.
+_GRADIENT_FACTOR = 2.0
 
 # Masks that depend on the query are often another kernel again, compiled when first asked for, and proven then.
 _DENSE = ("bool", "bias")
 
-_Key = tuple[str, str, str, torch.dtype, int, int, str]
+_Key = tuple[str, str, str, torch.dtype, int, int, str, bool]
 _verdicts: dict[_Key, tuple[Reason, ...]] = {}
 _lock = threading.RLock()
 
@@ -46,7 +51,7 @@ def reasons(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
     if not backend.external or not settings.self_test_enabled() or not _can_run_now(spec):
         return ()
     kind = spec.mask if spec.mask in _DENSE else ""
-    key = (backend.name, spec.device, spec.architecture, spec.dtype, spec.head_dim, spec.head_dim_v, kind)
+    key = (backend.name, spec.device, spec.architecture, spec.dtype, spec.head_dim, spec.head_dim_v, kind, spec.grad)
     with _lock:
         if key not in _verdicts:
             _verdicts[key] = _test(backend, spec)
@@ -80,17 +85,31 @@ def _test(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
 
 
 def _problem(backend: Backend, spec: CallSpec, call: AttentionCall) -> str | None:
+    bound = _bound(backend, spec)
     try:
-        with unset_fake_temporarily(), torch.no_grad():
+        with unset_fake_temporarily(), _autograd(spec.grad):
             expected = attention(call)
             _poison(call)
             actual = backend.forward(call)
-            problem = _difference(backend, spec, actual.out, expected.out)
+            problem = _difference("output", bound, actual.out, expected.out)
             if problem is None and expected.lse is not None:
                 problem = _lse_difference(actual.lse, expected.lse)
+            if problem is None and spec.grad:
+                problem = _gradient_difference(bound, call, actual.out, expected.out)
     except Exception as error:  # whatever a kernel raises on a call it declared to serve is the finding
         return f"it raised {type(error).__name__}: {error}"
     return problem
+
+
+@contextlib.contextmanager
+def _autograd(enabled: bool) -> Iterator[None]:
+    """Gradients on or off, and no saved tensor seen by hooks of the caller: checkpointing counts what is saved."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(enabled))
+        # torch.func forbids such hooks where it runs, so there are none to keep out.
+        with contextlib.suppress(RuntimeError):
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+        yield
 
 
 def _allowed_calls(backend: Backend, spec: CallSpec) -> list[AttentionCall]:
@@ -104,7 +123,8 @@ def _allowed_calls(backend: Backend, spec: CallSpec) -> list[AttentionCall]:
     for kind in kinds:
         for lse in (True, False):
             call = _call(spec, kind, lse)
-            facts = spec_of(call)
+            with torch.set_grad_enabled(spec.grad):
+                facts = spec_of(call)
             if not reasons_against(backend.capabilities, facts) and not backend.extra_reasons(facts):
                 calls.append(call)
                 break
@@ -118,7 +138,7 @@ def _call(spec: CallSpec, kind: str, lse: bool) -> AttentionCall:
         values = torch.randn(3, _LENGTH, _HEADS, head_dim, generator=generator)
         # Keys of real models carry an offset per channel, which is what breaks careless quantisation.
         values += offset * torch.randn(1, 1, _HEADS, head_dim, generator=generator)
-        return values.to(spec.device, spec.dtype)
+        return values.to(spec.device, spec.dtype).requires_grad_(spec.grad)
 
     query, key, value = tensor(spec.head_dim), tensor(spec.head_dim, 1.0), tensor(spec.head_dim_v)
     return AttentionCall(query, key, value, _mask(kind, spec.device), scale=spec.head_dim**-0.5, return_lse=lse)
@@ -148,17 +168,33 @@ def _poison(call: AttentionCall) -> None:
     del blocks
 
 
-def _difference(backend: Backend, spec: CallSpec, actual: Tensor, expected: Tensor) -> str | None:
-    if actual.shape != expected.shape:
-        return f"the output has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    if not bool(actual.isfinite().all()):
-        return "the output is not finite everywhere"
-    wide, exact = actual.double(), expected.double()
-    error = float((wide - exact).norm() / exact.norm())
+def _bound(backend: Backend, spec: CallSpec) -> float:
     row = row_for(backend.capabilities, spec.device)
     declared = 0.0 if row is None else row.tolerance.relative_l2
-    bound = declared or (_FLOAT32_ERROR if spec.dtype == torch.float32 else _EXACT_STEPS * torch.finfo(spec.dtype).eps)
-    return None if error <= bound else f"relative error {error:.3g}, allowed {bound:.3g}"
+    return declared or (_FLOAT32_ERROR if spec.dtype == torch.float32 else _EXACT_STEPS * torch.finfo(spec.dtype).eps)
+
+
+def _difference(name: str, bound: float, actual: Tensor, expected: Tensor) -> str | None:
+    if actual.shape != expected.shape:
+        return f"the {name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not bool(actual.isfinite().all()):
+        return f"the {name} is not finite everywhere"
+    wide, exact = actual.double(), expected.double()
+    error = float((wide - exact).norm() / exact.norm())
+    return None if error <= bound else f"relative error {error:.3g} of the {name}, allowed {bound:.3g}"
+
+
+def _gradient_difference(bound: float, call: AttentionCall, actual: Tensor, expected: Tensor) -> str | None:
+    inputs = (call.query, call.key, call.value)
+    weight = torch.randn(actual.shape, generator=torch.Generator().manual_seed(2)).to(actual)
+    _poison(call)
+    found = torch.autograd.grad(actual, inputs, weight)
+    wanted = torch.autograd.grad(expected, inputs, weight.to(expected.dtype))
+    for letter, one, other in zip("qkv", found, wanted, strict=True):
+        problem = _difference(f"gradient of {letter}", _GRADIENT_FACTOR * bound, one, other)
+        if problem is not None:
+            return problem
+    return None
 
 
 def _lse_difference(actual: Tensor | None, expected: Tensor) -> str | None:

@@ -73,6 +73,13 @@ def available(name: str):
     return registry.get(name)
 
 
+def skip_if_refused(backend, spec) -> None:
+    """Skip what is declared, of the backend or of the build that is installed, as not served."""
+    reasons = (*reasons_against(backend.capabilities, spec), *backend.extra_reasons(spec))
+    if reasons:
+        pytest.skip("; ".join(map(str, reasons)))
+
+
 def mask_of(kind: str | None, batch: int, q_len: int, k_len: int) -> torch.Tensor | None:
     generator = torch.Generator().manual_seed(3)
     if kind is None:
@@ -128,9 +135,7 @@ def test_exact_or_refused(name, label):
     tensors, mask, options, extra = call_of(**CASES[label])
     call = canonicalise(*tensors, mask, attention_kwargs=extra, **options)
     spec = spec_of(call)
-    reasons = (*reasons_against(backend.capabilities, spec), *backend.extra_reasons(spec))
-    if reasons:
-        pytest.skip("; ".join(map(str, reasons)))
+    skip_if_refused(backend, spec)
     before = [tensor.detach().clone() for tensor in tensors]
     expected = attention(call)
     result = dispatch_attention_fn(*tensors, mask, attention_kwargs=extra, backend=name, **options)
@@ -155,12 +160,14 @@ def test_exact_or_refused(name, label):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_first_use_self_test_passes(name, dtype):
+@pytest.mark.parametrize("grad", [False, True])
+def test_first_use_self_test_passes(name, dtype, grad):
     backend = available(name)
     for head_dim in (64, 128):
-        spec = spec_of(canonicalise(*[torch.zeros(1, 4, 2, head_dim, dtype=dtype, device="cuda")] * 3))
-        if not reasons_against(backend.capabilities, spec):
-            assert self_test.reasons(backend, spec) == ()
+        tensors = [torch.zeros(1, 4, 2, head_dim, dtype=dtype, device="cuda", requires_grad=grad) for _ in range(3)]
+        spec = spec_of(canonicalise(*tensors))
+        skip_if_refused(backend, spec)
+        assert self_test.reasons(backend, spec) == ()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -181,6 +188,7 @@ def test_fullgraph(name):
 def test_fullgraph_gradients(name):
     backend = available(name)
     tensors, *_ = call_of(grad=True)
+    skip_if_refused(backend, spec_of(canonicalise(*tensors)))
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from family_rows import ROWS
+from torch.utils.checkpoint import checkpoint
 
 from attention_dispatch import BackendRejectedError, dispatch_attention_fn, known_bad, self_test
-from attention_dispatch.backends import source
+from attention_dispatch.backends import flash_limits, source
 from attention_dispatch.call import AttentionOutput, CallSpec, canonicalise, spec_of
+from attention_dispatch.capabilities import reasons_against
 
 
 def spec(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> CallSpec:
@@ -26,6 +29,18 @@ def altered(backend, change):
 def test_right_kernels_pass(name, record, on_cpu):
     backend, _ = on_cpu(name, record)
     assert self_test.reasons(backend, spec()) == ()
+
+
+def with_gradients(head_dim: int = 64) -> CallSpec:
+    tensors = [torch.zeros(1, 4, 2, head_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    return spec_of(canonicalise(*tensors))
+
+
+@pytest.mark.parametrize(("name", "record"), ROWS)
+def test_right_backward_passes_pass(name, record, on_cpu):
+    backend, _ = on_cpu(name, record)
+    if not reasons_against(backend.capabilities, with_gradients()):
+        assert self_test.reasons(backend, with_gradients()) == ()
 
 
 def _constant(out, lse, call):
@@ -88,6 +103,62 @@ def test_masks_that_depend_on_the_query_are_proven_when_first_asked_for(kind, on
     assert f"with a {kind} mask" in reason.what
     self_test.forget()
     assert self_test.reasons(backend, spec()._replace(mask=kind)) == ()
+
+
+class _WrongGradient(torch.autograd.Function):
+    """Right outputs, and ``change`` applied to the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx, tensor, change):
+        ctx.change = change
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.change(grad), None
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda grad: grad.flip(1), "relative error 1.* of the gradient of"),
+        (lambda grad: grad * 1.1, r"relative error 0\.1 of the gradient of"),
+        (lambda grad: grad * float("nan"), "is not finite"),
+        (lambda grad: 1 / 0, "it raised ZeroDivisionError"),
+    ],
+)
+def test_wrong_gradients_are_found_when_gradients_are_needed(which, change, told, on_cpu):
+    backend, _ = on_cpu("flash", "flash_attn-2.8.3")
+
+    def forward(call):
+        name = ("query", "key", "value")[which]
+        return backend.forward(call.replaced(**{name: _WrongGradient.apply(getattr(call, name), change)}))
+
+    wrong = replace(backend, forward=forward)
+    assert self_test.reasons(wrong, spec()) == ()
+    [reason] = self_test.reasons(wrong, with_gradients())
+    assert re.search(told, reason.what)
+    assert self_test.reasons(wrong, spec()) == ()
+
+
+def test_checkpoints_and_hooks_do_not_see_the_test(on_cpu):
+    on_cpu("flash", "flash_attn-2.8.3")
+    query, key, value = (torch.randn(1, 8, 2, 64).to(torch.bfloat16).requires_grad_() for _ in range(3))
+
+    def attend(*tensors):
+        return dispatch_attention_fn(*tensors, backend="flash")
+
+    out = checkpoint(attend, query, key, value, use_reentrant=False)
+    grads = torch.autograd.grad(out.float().sum(), (query, key, value))
+    expected = torch.autograd.grad(attend(query, key, value).float().sum(), (query, key, value))
+    assert all(torch.equal(one, other) for one, other in zip(grads, expected, strict=True))
+
+    self_test.forget()
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved):
+        attend(query, key, value)
+    assert shapes and all(max(shape) <= 64 for shape in shapes if shape), "the test has sequences of 200"
 
 
 def test_it_can_be_switched_off(on_cpu, monkeypatch):
@@ -172,6 +243,47 @@ def test_known_bad_rows(backend, version, facts, refused, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     found = known_bad.reasons(backend, spec()._replace(device="cuda", **facts))
     assert bool(found) is refused
+
+
+@pytest.mark.parametrize(
+    ("compiler", "facts", "refused"),
+    [
+        ("4.6.2", {"architecture": "sm_90", "grad": True}, True),
+        ("4.6.3", {"architecture": "sm_90", "grad": True}, True),
+        ("4.6.3", {"architecture": "sm_90"}, False),
+        ("4.8.1", {"architecture": "sm_90", "grad": True}, False),
+        ("4.6.1", {"architecture": "sm_103", "grad": True}, True),
+        ("4.6.2", {"architecture": "sm_103", "grad": True}, False),
+        (None, {"architecture": "sm_90", "grad": True}, False),
+    ],
+)
+def test_compilers_whose_flash_4_backward_pass_never_returns(compiler, facts, refused, monkeypatch):
+    monkeypatch.setattr(known_bad, "installed_version", {"nvidia-cutlass-dsl": compiler}.get)
+    found = known_bad.reasons("flash_4", spec()._replace(device="cuda", **facts))
+    assert bool(found) is refused
+    assert known_bad.reasons("flash", spec()._replace(device="cuda", **facts)) == ()
+
+
+@pytest.mark.parametrize(
+    ("dims", "forward", "gradients"),
+    [
+        ((64, 64), True, True),
+        ((96, 96), True, True),
+        ((97, 97), True, False),
+        ((112, 112), True, False),
+        ((120, 120), True, True),
+        ((64, 96), True, False),
+        ((96, 64), True, False),
+        ((192, 128), True, True),
+        ((96, 200), False, False),
+        ((128, 256), True, False),
+        ((256, 256), True, True),
+    ],
+)
+def test_head_dims_that_flash_4_compiles_for_hopper(dims, forward, gradients):
+    facts = spec()._replace(device="cuda", architecture="sm_90", head_dim=dims[0], head_dim_v=dims[1])
+    assert (flash_limits.of_version_4(facts) == ()) is forward
+    assert (flash_limits.of_version_4(facts._replace(grad=True)) == ()) is gradients
 
 
 def test_every_known_bad_row_links_its_report():

@@ -31,6 +31,13 @@ def test_what_was_compiled_here_is_proven_on_first_use(name: str, device: str) -
     assert self_test.reasons(backend, _spec(device)) == ()
 
 
+def test_the_backward_pass_is_proven_when_gradients_are_needed(device: str) -> None:
+    triton.FLASH.load()
+    self_test.forget()
+    tensors = [torch.zeros(1, 4, 2, 32, dtype=torch.float16, device=device, requires_grad=True) for _ in range(3)]
+    assert self_test.reasons(triton.FLASH, spec_of(canonicalise(*tensors))) == ()
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_kernel_that_was_compiled_wrong_is_found(masked: bool, device: str) -> None:
     """The masked and the plain kernel may be two: either alone can be wrong."""

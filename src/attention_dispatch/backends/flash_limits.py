@@ -45,12 +45,20 @@ def of_version_3(spec: CallSpec) -> tuple[Reason, ...]:
 
 
 def of_version_4(spec: CallSpec) -> tuple[Reason, ...]:
-    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
-    blackwell = spec.architecture.startswith("sm_10")
-    if blackwell and max(dims) > 128 and dims not in ((192, 128), (256, 256)):
-        what = f"head dims {spec.head_dim} and {spec.head_dim_v} (v) are not supported on {spec.architecture}"
-        return (Reason("head_dim", what, "use backend='native' for these head dims."),)
-    return ()
+    dim, dim_v = dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
+    serves = True
+    if spec.architecture.startswith("sm_10"):
+        serves = max(dims) <= 128 or dims in ((192, 128), (256, 256))
+    elif spec.architecture == "sm_90":
+        # What 4.0.0b36 compiles with nvidia-cutlass-dsl 4.6.2 to 4.8.1; upstream raises errors of the compiler.
+        serves = dim_v <= 192 or dim > 96
+        if serves and spec.grad:
+            serves = not 96 < dim <= 112 if dim == dim_v else dims == (192, 128)
+    if serves:
+        return ()
+    gradients = " with gradients" if spec.grad else ""
+    what = f"head dims {spec.head_dim} and {spec.head_dim_v} (v){gradients} are not supported on {spec.architecture}"
+    return (Reason("head_dim", what, "use backend='native' for these head dims."),)
 
 
 _FLAG = "FLASHATTENTION_DISABLE_"
