@@ -69,8 +69,9 @@ def short_way(plan: Plan, request: Request, call: AttentionCall, spec: CallSpec,
     """
     backend = plan.backend
     run = None if backend.bind is None else backend.bind(call)
-    if run is not None and request.mode == "demand" and not limits_on(backend, spec._replace(grad=True)):
-        # One backend, which runs these calls with gradients too; and its kernel checks its own arguments.
+    always = request.mode == "demand" and not backend.external and not limits_on(backend, spec._replace(grad=True))
+    if run is not None and always:
+        # One of torch's, which needs no proof to run these calls with gradients too; its kernel checks its own arguments.
         return run
     choices = known if isinstance(known, Choices) else Choices(spec.device)
     if run is None:

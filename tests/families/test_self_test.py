@@ -14,6 +14,7 @@ from attention_dispatch import BackendRejectedError, dispatch_attention_fn, know
 from attention_dispatch.backends import flash_limits, source
 from attention_dispatch.call import AttentionOutput, CallSpec, canonicalise, spec_of
 from attention_dispatch.capabilities import reasons_against
+from attention_dispatch.registry import register_backend
 
 
 def spec(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> CallSpec:
@@ -142,6 +143,27 @@ def test_wrong_gradients_are_found_when_gradients_are_needed(which, change, told
     assert self_test.reasons(wrong, spec()) == ()
 
 
+def test_calls_without_gradients_do_not_vouch_for_later_ones(on_cpu):
+    backend, _ = on_cpu("flash", "flash_attn-2.8.3")
+
+    def forward(call):
+        return backend.forward(call.replaced(query=_WrongGradient.apply(call.query, torch.zeros_like)))
+
+    def bind(call):
+        attend = backend.bind(call)
+        return lambda query, key, value: attend(_WrongGradient.apply(query, torch.zeros_like), key, value)
+
+    register_backend(replace(backend, forward=forward, bind=bind), replace=True)
+    query, key, value = (torch.randn(1, 8, 2, 64).to(torch.bfloat16) for _ in range(3))
+    for _ in range(3):
+        dispatch_attention_fn(query, key, value, backend="flash")
+    with pytest.raises(BackendRejectedError, match="gradient of q") as caught:
+        dispatch_attention_fn(query.requires_grad_(), key, value, backend="flash")
+    assert caught.value.codes == ("self_test",)
+    with torch.no_grad():
+        dispatch_attention_fn(query, key, value, backend="flash")
+
+
 def test_checkpoints_and_hooks_do_not_see_the_test(on_cpu):
     on_cpu("flash", "flash_attn-2.8.3")
     query, key, value = (torch.randn(1, 8, 2, 64).to(torch.bfloat16).requires_grad_() for _ in range(3))
@@ -262,6 +284,16 @@ def test_compilers_whose_flash_4_backward_pass_never_returns(compiler, facts, re
     found = known_bad.reasons("flash_4", spec()._replace(device="cuda", **facts))
     assert bool(found) is refused
     assert known_bad.reasons("flash", spec()._replace(device="cuda", **facts)) == ()
+
+
+@pytest.mark.parametrize(("head_dim", "doubtful"), [(40, True), (33, True), (24, True), (48, False), (64, False)])
+def test_gradients_of_flash_4_that_only_a_test_can_tell_right_from_wrong(head_dim, doubtful, monkeypatch):
+    monkeypatch.setattr(known_bad, "installed_version", {"flash-attn-4": "4.0.0b36"}.get)
+    facts = spec()._replace(device="cuda", architecture="sm_90", grad=True, head_dim=head_dim, head_dim_v=head_dim)
+    assert known_bad.reasons("flash_4", facts) == ()
+    monkeypatch.setenv("ATTENTION_DISPATCH_SELF_TEST", "0")
+    assert bool(known_bad.reasons("flash_4", facts)) is doubtful
+    assert known_bad.reasons("flash_4", facts._replace(grad=False)) == ()
 
 
 @pytest.mark.parametrize(

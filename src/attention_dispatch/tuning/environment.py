@@ -22,6 +22,7 @@ _PACKAGES = (
     "flash-attn",
     "flash-attn-3",
     "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "sageattention",
     "xformers",
     "kernels",
