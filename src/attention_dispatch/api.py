@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from functools import partial
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import refusal, registry, settings
+from . import registry, settings
 from .bound import Run, short_way
 from .call import STANDARD_KWARGS, AttentionCall, AttentionOutput, CallSpec, canonicalise, check_output, spec_of
 from .decision import Decision, decide
-from .errors import AttentionDispatchError, InvalidCallError
+from .errors import InvalidCallError
+from .graphs import TracedForwards, traced_choice
 from .masks import runs_now
 from .origin import origin_of
 from .request import Request, current, environment, parsed
@@ -264,7 +264,7 @@ def _dispatch(
         # Traced too: aten flash ends the process with a floating point exception (torch 2.13, CPU).
         output = _without_keys(call)
     elif torch.compiler.is_compiling():
-        output = getattr(_TracedForwards, _traced_choice(request.mode, request.names, *spec))(call)
+        output = getattr(TracedForwards, traced_choice(request.mode, request.names, *spec))(call)
     else:
         began = store.generation()
         plan = plan_for(request, spec, call)
@@ -297,36 +297,6 @@ def _repeats(call: AttentionCall, query: Tensor, attn_mask: Any, spec: CallSpec,
     """Whether the next call like this one can be known by its arguments: nothing was cast, and all can be a key."""
     mask_says = attn_mask is None or (call.mask is not None and call.mask.tensor is not None and not spec.mask_grad)
     return mask_says and call.query is query and isinstance(backend, Hashable) and runs_now(query)
-
-
-class _TracedForwards:
-    """Forward passes as attributes: Dynamo reads a dict once per graph, and a later call in the same graph may be the
-    first ever of its backend."""
-
-
-# Which backend every kind of call got that was traced into a graph; a graph itself cannot be asked.
-traced_choices: dict[tuple[Request, CallSpec], str] = {}
-
-
-@torch._dynamo.assume_constant_result
-def _traced_choice(mode: str, names: tuple[str, ...], *facts: Any) -> str:
-    """The choice as a constant of the graph, an attribute of :class:`_TracedForwards`: a decision imports, locks and
-    formats, which cannot be traced."""
-    request, spec = Request(mode, names), CallSpec(*facts)
-    try:
-        backend = plan_for(request, spec).backend
-    except AttentionDispatchError as error:
-        refused = f"refused: {request} {spec}"
-        refusal.remember(refused, error)
-        return _traceable(refused, partial(refusal.raised, refused))
-    traced_choices[request, spec] = backend.name
-    return _traceable(backend.name, backend.forward)
-
-
-def _traceable(key: str, forward: Callable[[AttentionCall], AttentionOutput]) -> str:
-    attribute = f"of_{key.encode().hex()}"  # Dynamo's names of attributes hold no dots
-    setattr(_TracedForwards, attribute, staticmethod(forward))
-    return attribute
 
 
 def _without_keys(call: AttentionCall) -> AttentionOutput:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall, CallSpec, describe
+from .graphs import traced_choices
 from .module_name import module_name
 from .numerics import Check, can_compare, compare, finiteness
 from .request import Request, current
@@ -178,8 +179,6 @@ class record:  # lower case: it is used like a function
         return self.calls
 
     def __exit__(self, *exception: object) -> None:
-        from .api import traced_choices
-
         state = current.state
         state.observer = self._outer
         state.refresh()
