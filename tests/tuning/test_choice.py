@@ -218,7 +218,9 @@ _RANKS = """
 import os, sys, torch, torch.distributed as dist
 import attention_dispatch as ad
 from attention_dispatch.tuning import session, store
+from attention_dispatch.kernels.tiles import Tile, TileKey
 from attention_dispatch.tuning.measure import Timing
+from attention_dispatch.tuning.tiles import TileMeasurement
 rank = int(os.fork() == 0)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
 best = ("_native_flash", "native")[rank]
@@ -226,10 +228,14 @@ def timer(ways, *_):
     return {name: Timing(1.0 if name == best else 9.0, 0.0, 5) for name in ways}
 original = session.measure_call
 session.measure_call = lambda *a, **k: original(*a, **{**k, "timer": timer})
+tile, key = Tile((64, 128)[rank], 64, 4, 2), TileKey("flash", "sm_90", "float16", (64, 128)[rank], "plain")
+timings = {tile: Timing(1.0, 0.0, 5)}
+session.measure_tiles = lambda *a, **k: [TileMeasurement("triton_flash", key, tile, tile, timings, {})]
 q = torch.randn(1, 32, 2, 16)
-with ad.tuning() as tuned:
+with ad.tuning(tiles=True) as tuned:
     ad.dispatch_attention_fn(q, q, q)
-found = [tuned.measurements[0].exact, ad.explain(q, q, q, backend="auto").backend]
+kept = {text: entry["tile"]["block_m"] for text, entry in store.tiles("cpu").items()}
+found = [tuned.measurements[0].exact, ad.explain(q, q, q, backend="auto").backend, kept]
 everyone = [None, None]
 dist.all_gather_object(everyone, found)
 dist.destroy_process_group()
@@ -244,7 +250,8 @@ def test_ranks_that_measured_differently_converge_on_rank_0(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", _RANKS, str(tmp_path / "meeting")], stdout=subprocess.PIPE, text=True, timeout=60
     )
-    assert done.stdout.strip() == "[['_native_flash', '_native_flash'], ['native', '_native_flash']]"
+    tiles = {"flash sm_90 float16 head_dim=64 plain": 64}
+    assert done.stdout.strip() == str([["_native_flash", "_native_flash", tiles], ["native", "_native_flash", tiles]])
 
 
 def test_a_traced_call_follows_the_store(tensors):
