@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import settings
 from .backends.reference import attention
@@ -71,45 +71,47 @@ def _can_run_now(spec: CallSpec) -> bool:
 
 
 def _test(backend: Backend, spec: CallSpec) -> tuple[Reason, ...]:
-    for call in _allowed_calls(backend, spec):
-        problem = _problem(backend, spec, call)
-        if problem is not None:
-            with_mask = "" if call.mask is None else f" with a {call.mask.kind} mask"
-            what = f"its first-use self-test failed{with_mask}: {problem}"
-            fix = (
-                f"reinstall what {backend.name!r} is built with (its package, or Triton) for this torch and GPU, or use "
-                "another backend."
-            )
-            return (Reason("self_test", what, fix),)
+    with _undisturbed(spec.grad):
+        for call in _allowed_calls(backend, spec):
+            problem = _problem(backend, spec, call)
+            if problem is not None:
+                with_mask = "" if call.mask is None else f" with a {call.mask.kind} mask"
+                what = f"its first-use self-test failed{with_mask}: {problem}"
+                fix = (
+                    f"reinstall what {backend.name!r} is built with (its package, or Triton) for this torch and GPU, or use "
+                    "another backend."
+                )
+                return (Reason("self_test", what, fix),)
     return ()
+
+
+@contextlib.contextmanager
+def _undisturbed(grad: bool) -> Iterator[None]:
+    """Nothing of the caller's sees the test: dispatch modes trace, count or cache operators, as selective checkpointing
+    does, and so do hooks of saved tensors, as checkpointing does."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.set_grad_enabled(grad))
+        # torch.func forbids such hooks where it runs, so there are none to keep out.
+        with contextlib.suppress(RuntimeError):
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+        yield
 
 
 def _problem(backend: Backend, spec: CallSpec, call: AttentionCall) -> str | None:
     bound = _bound(backend, spec)
     try:
-        with unset_fake_temporarily(), _autograd(spec.grad):
-            expected = attention(call)
-            _poison(call)
-            actual = backend.forward(call)
-            problem = _difference("output", bound, actual.out, expected.out)
-            if problem is None and expected.lse is not None:
-                problem = _lse_difference(actual.lse, expected.lse)
-            if problem is None and spec.grad:
-                problem = _gradient_difference(bound, call, actual.out, expected.out)
+        expected = attention(call)
+        _poison(call)
+        actual = backend.forward(call)
+        problem = _difference("output", bound, actual.out, expected.out)
+        if problem is None and expected.lse is not None:
+            problem = _lse_difference(actual.lse, expected.lse)
+        if problem is None and spec.grad:
+            problem = _gradient_difference(bound, call, actual.out, expected.out)
     except Exception as error:  # whatever a kernel raises on a call it declared to serve is the finding
         return f"it raised {type(error).__name__}: {error}"
     return problem
-
-
-@contextlib.contextmanager
-def _autograd(enabled: bool) -> Iterator[None]:
-    """Gradients on or off, and no saved tensor seen by hooks of the caller: checkpointing counts what is saved."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(enabled))
-        # torch.func forbids such hooks where it runs, so there are none to keep out.
-        with contextlib.suppress(RuntimeError):
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
-        yield
 
 
 def _allowed_calls(backend: Backend, spec: CallSpec) -> list[AttentionCall]:
@@ -123,8 +125,7 @@ def _allowed_calls(backend: Backend, spec: CallSpec) -> list[AttentionCall]:
     for kind in kinds:
         for lse in (True, False):
             call = _call(spec, kind, lse)
-            with torch.set_grad_enabled(spec.grad):
-                facts = spec_of(call)
+            facts = spec_of(call)
             if not reasons_against(backend.capabilities, facts) and not backend.extra_reasons(facts):
                 calls.append(call)
                 break
@@ -132,12 +133,13 @@ def _allowed_calls(backend: Backend, spec: CallSpec) -> list[AttentionCall]:
 
 
 def _call(spec: CallSpec, kind: str, lse: bool) -> AttentionCall:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def tensor(head_dim: int, offset: float = 0.0) -> Tensor:
-        values = torch.randn(3, _LENGTH, _HEADS, head_dim, generator=generator)
+        # The device is said everywhere: the caller may have set another default.
+        values = torch.randn(3, _LENGTH, _HEADS, head_dim, generator=generator, device="cpu")
         # Keys of real models carry an offset per channel, which is what breaks careless quantisation.
-        values += offset * torch.randn(1, 1, _HEADS, head_dim, generator=generator)
+        values += offset * torch.randn(1, 1, _HEADS, head_dim, generator=generator, device="cpu")
         return values.to(spec.device, spec.dtype).requires_grad_(spec.grad)
 
     query, key, value = tensor(spec.head_dim), tensor(spec.head_dim, 1.0), tensor(spec.head_dim_v)
@@ -149,11 +151,11 @@ def _mask(kind: str, device: str) -> Mask | None:
     if kind == "none":
         return None
     if kind == "key_padding":
-        keep = torch.ones(3, _LENGTH, dtype=torch.bool)
+        keep = torch.ones(3, _LENGTH, dtype=torch.bool, device="cpu")
         keep[0, 3:60] = keep[1, 150:] = keep[2, :] = False
         return Mask("key_padding", keep.to(device))
-    generator = torch.Generator().manual_seed(1)
-    bias = torch.randn(3, _HEADS, _LENGTH, _LENGTH, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(1)
+    bias = torch.randn(3, _HEADS, _LENGTH, _LENGTH, generator=generator, device="cpu")
     bias[0, 1, 5] = float("-inf")
     return Mask(kind, (bias if kind == "bias" else bias > 0).to(device))
 
@@ -186,7 +188,7 @@ def _difference(name: str, bound: float, actual: Tensor, expected: Tensor) -> st
 
 def _gradient_difference(bound: float, call: AttentionCall, actual: Tensor, expected: Tensor) -> str | None:
     inputs = (call.query, call.key, call.value)
-    weight = torch.randn(actual.shape, generator=torch.Generator().manual_seed(2)).to(actual)
+    weight = torch.randn(actual.shape, generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(actual)
     _poison(call)
     found = torch.autograd.grad(actual, inputs, weight)
     wanted = torch.autograd.grad(expected, inputs, weight.to(expected.dtype))

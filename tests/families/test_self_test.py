@@ -9,8 +9,9 @@ import pytest
 import torch
 from family_rows import ROWS
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from attention_dispatch import BackendRejectedError, dispatch_attention_fn, known_bad, self_test
+from attention_dispatch import BackendRejectedError, dispatch_attention_fn, known_bad, registry, self_test
 from attention_dispatch.backends import flash_limits, source
 from attention_dispatch.call import AttentionOutput, CallSpec, canonicalise, spec_of
 from attention_dispatch.capabilities import reasons_against
@@ -181,6 +182,18 @@ def test_checkpoints_and_hooks_do_not_see_the_test(on_cpu):
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved):
         attend(query, key, value)
     assert shapes and all(max(shape) <= 64 for shape in shapes if shape), "the test has sequences of 200"
+
+
+def test_modes_and_defaults_of_the_caller_do_not_reach_the_test():
+    calls = []
+    oracle = registry.get("reference")
+    backend = replace(
+        oracle, name="oracle", external=True, forward=lambda call: calls.append(call) or oracle.forward(call)
+    )
+    asked = spec(), with_gradients()
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        assert [self_test.reasons(backend, facts) for facts in asked] == [(), ()]
+    assert counted.get_total_flops() == 0 and len(calls) == 4
 
 
 def test_it_can_be_switched_off(on_cpu, monkeypatch):

@@ -98,7 +98,7 @@ def _rng_state(device: torch.device) -> Tensor:
 
 def _forward(name: str, query: Tensor, key: Tensor, value: Tensor, a, b, c, d, *flat) -> tuple[Tensor, Tensor, Tensor]:
     arguments = _rebuilt(flat)
-    state = _rng_state(query.device) if arguments.dropout_p else torch.empty(0, dtype=torch.uint8)
+    state = _rng_state(query.device) if arguments.dropout_p else torch.empty(0, dtype=torch.uint8, device="cpu")
     out, lse = _bodies[name](query, key, value, (a, b, c, d), arguments)
     if lse is None:
         lse = query.new_empty(0, dtype=torch.float32)
@@ -127,8 +127,10 @@ def _forward_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, a, b, 
     if arguments.return_lse:
         heads = query.shape[-2]
         shape = (query.shape[0], heads, query.shape[1]) if query.dim() == 4 else (heads, query.shape[0])
-    state = torch.empty(16 if query.device.type == "cuda" else torch.get_rng_state().numel(), dtype=torch.uint8)
-    state = state if arguments.dropout_p else torch.empty(0, dtype=torch.uint8)
+    state = torch.empty(
+        16 if query.device.type == "cuda" else torch.get_rng_state().numel(), dtype=torch.uint8, device="cpu"
+    )
+    state = state if arguments.dropout_p else torch.empty(0, dtype=torch.uint8, device="cpu")
     return out, query.new_empty(shape, dtype=torch.float32), state
 
 

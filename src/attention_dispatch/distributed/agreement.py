@@ -119,7 +119,7 @@ class Agreement:
                 raise error
             assert facts is not None
             return (facts,)
-        mine = torch.tensor([0, *facts] if facts is not None else [1] + [0] * len(CallFacts._fields))
+        mine = torch.tensor([0, *facts] if facts is not None else [1] + [0] * len(CallFacts._fields), device="cpu")
         gathered = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(gathered, mine, group=self._group)
         rows = [row.tolist() for row in gathered]
@@ -143,7 +143,7 @@ class Agreement:
             if error is not None:
                 raise error
             return
-        failed = torch.tensor([int(error is not None)])
+        failed = torch.tensor([int(error is not None)], device="cpu")
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group)
         if failed.item():
             self._raise(error)
