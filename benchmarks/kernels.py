@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EXACT_TOLERANCE = 5e-3
+GRADIENT_TOLERANCE = 2e-2
 TOLERANCE = {"triton_sage": 5e-2, "triton_sage_fp16": 2e-2, "sageattention": 5e-2}
 ROUNDS = 5
 # So that the figure of a kernel that runs for milliseconds does not rest on single calls between pauses.
@@ -243,11 +244,11 @@ def measure(shape: Shape, kernels: dict[str, Kernel], pace: Pace) -> list[dict[s
     return with_speedups(results)
 
 
-def with_speedups(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_speedups(results: list[dict[str, Any]], tolerance: float = EXACT_TOLERANCE) -> list[dict[str, Any]]:
     """Adds the ratio to cuDNN where both results are right; a wrong result gets none."""
-    baseline = next((r for r in results if r["kernel"] == "cudnn" and r["error"] <= EXACT_TOLERANCE), None)
+    baseline = next((r for r in results if r["kernel"] == "cudnn" and r["error"] <= tolerance), None)
     for result in results:
-        right = result["error"] <= TOLERANCE.get(result["kernel"], EXACT_TOLERANCE)
+        right = result["error"] <= TOLERANCE.get(result["kernel"], tolerance)
         result["right"] = right
         result["speedup"] = baseline["ms"] / result["ms"] if baseline and right else None
     return results
@@ -284,9 +285,21 @@ def measure_backward(shape: Shape, kernels: dict[str, Kernel], pace: Pace) -> li
     for result, ms in zip(results, in_turns(runs, pace)):
         result["ms"] = ms
         result["tflops"] = 3.5 * shape.flops / result["ms"] / 1e9
-        result["right"] = result["error"] <= 2e-2
-        result["speedup"] = results[0]["ms"] / result["ms"] if result["right"] and "ms" in results[0] else None
-    return results
+    return with_speedups(results, GRADIENT_TOLERANCE)
+
+
+def never_returns(name: str) -> bool:
+    """Whether a backward pass is known to occupy the GPU for ever with what is installed here."""
+    if name != "flash_attn_4":
+        return False
+    from attention_dispatch import known_bad
+    from attention_dispatch.call import canonicalise, spec_of
+
+    tensor = torch.zeros(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    found = known_bad.reasons("flash_4", spec_of(canonicalise(tensor, tensor, tensor)))
+    for reason in found:
+        print(f"{name} is not measured backward: {reason}")
+    return bool(found)
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -366,7 +379,7 @@ def main() -> None:
         if unknown:
             parser.error(f"no kernel {', '.join(sorted(unknown))} here; there are {', '.join(map(repr, kernels))}")
         kernels = {name: run for name, run in kernels.items() if name in arguments.kernels}
-    differentiable = {name: run for name, run in kernels.items() if name in DIFFERENTIABLE}
+    differentiable = {name: run for name, run in kernels.items() if name in DIFFERENTIABLE and not never_returns(name)}
     everything: list[dict[str, Any]] = []
 
     def record(results: list[dict[str, Any]]) -> None:

@@ -40,9 +40,10 @@ def with_gradients(head_dim: int = 64) -> CallSpec:
 
 @pytest.mark.parametrize(("name", "record"), ROWS)
 def test_right_backward_passes_pass(name, record, on_cpu):
-    backend, _ = on_cpu(name, record)
+    backend, calls = on_cpu(name, record)
     if not reasons_against(backend.capabilities, with_gradients()):
         assert self_test.reasons(backend, with_gradients()) == ()
+        assert any(tensor.requires_grad for _, asked in calls.calls for tensor in asked.values() if torch.is_tensor(tensor))
 
 
 def _constant(out, lse, call):
